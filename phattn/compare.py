@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMPARED', 'CompareOptions', 'table', 'compare']
 
-# %% ../nbs/09b_compare.ipynb #49949e62
+# %% ../nbs/09b_compare.ipynb #f0455a80
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,7 +22,7 @@ from .plots import plot_curves, save_figure
 from .policy import EIG, Policy, centre_out, oracle, random
 from .runs import versions, write_json
 
-# %% ../nbs/09b_compare.ipynb #dd8bc59d
+# %% ../nbs/09b_compare.ipynb #6039d376
 COMPARED: dict[str, Policy] = {
     "random": random,
     "centre-out": centre_out,
@@ -43,12 +43,12 @@ class CompareOptions:
         name: of the folder under results/; the data set's name when not given.
     """
 
-    train: TrainOptions = TrainOptions()
+    train: TrainOptions = field(default_factory=TrainOptions)
     training_seeds: tuple[int, ...] = (0, 1, 2)
     seeds: tuple[int, ...] = (0,)
     name: str | None = None
 
-# %% ../nbs/09b_compare.ipynb #75473636
+# %% ../nbs/09b_compare.ipynb #b730036a
 def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
     folder = Path("runs") / f"compare-{_name(options)}" / f"seed{seed}"
     kept = folder / "compared.json"
@@ -59,12 +59,14 @@ def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -
     train(replace(options.train, seed=seed, logfolder=folder, resume=True), tell)
     device = choose_device(options.train.device)
     model, test = HardAttention.load(folder / "model.safetensors").to(device), load_data(options.train, "test")
+    metrics = json.loads((folder / "metrics.json").read_text())
     tell(f"seed {seed}: testing {', '.join(COMPARED)}")
     how = dict(seeds=options.seeds, batch=options.train.batchv)
     record = {
         "asked": asked,
         "training_seed": seed,
-        "seconds": json.loads((folder / "metrics.json").read_text())["seconds"],
+        "seconds": metrics["seconds"],
+        "epochs": metrics["epochs"],
         "policies": evaluate(model, test, COMPARED, options.train.T, **how),
         "all": see_everything(model, test, **how),
         "versions": versions(),
