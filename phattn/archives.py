@@ -137,7 +137,7 @@ def _members(path: Path) -> Iterator[_Member]:
         if not any(map(_hidden, name.split("/"))):
             yield name, size, content
 
-# %% ../nbs/00b_archives.ipynb #942788d1
+# %% ../nbs/00b_archives.ipynb #6e344309
 def listing(path: Path) -> list[str]:
     """Names of all files in a tree, which is a folder or an archive; nothing is unpacked to the disk.
 
@@ -148,8 +148,8 @@ def listing(path: Path) -> list[str]:
         Paths inside the tree, with forward slashes, as they are stored; hidden files are left out.
 
     Raises:
-        ValueError: the archive is damaged or cut short, or has a member that is refused: one that points out of it, is a
-            link or a device, or is absurdly large. The message has the archive and the member.
+        ValueError: the archive is damaged or cut short, or has a member that is refused: one that points out of it,
+            is a link or a device, or is absurdly large. The message has the archive and the member.
     """
     with _damage(path):
         return [name for name, _, _ in _members(path)]
@@ -192,7 +192,7 @@ def decode(content: bytes, size: int, name: str) -> np.ndarray:
     file.name = name
     return read_image(file, size).numpy()
 
-# %% ../nbs/00b_archives.ipynb #03edd223
+# %% ../nbs/00b_archives.ipynb #17d1b72d
 _Blocks = Iterator[tuple[int, np.ndarray]]  # index of the first picture, pictures uint8 K×3×size×size
 
 
@@ -224,7 +224,8 @@ class Plan:
         if len(labels) == 0:
             raise ValueError(f"{self.where}: there are no images")
         if labels.min() < 0 or labels.max() > most:
-            raise ValueError(f"{self.where}: labels go from {labels.min()} to {labels.max()}; must be within 0 to {most}")
+            found = f"from {labels.min()} to {labels.max()}"
+            raise ValueError(f"{self.where}: labels go {found}; must be within 0 to {most}")
         empty = np.flatnonzero(np.bincount(labels, minlength=most + 1) == 0)
         if self.complete and len(empty):
             raise ValueError(f"{self.where}: no image of class {', '.join(self.names[k] for k in empty[:5])}")

@@ -101,7 +101,7 @@ def table(records: list[dict[str, Any]], measure: str = "accuracy") -> str:
     lines.append("| all glimpses |" + " |" * (looks - 1) + f" {everything} |")
     return "\n".join(lines)
 
-# %% ../nbs/09b_compare.ipynb #1d7bd376
+# %% ../nbs/09b_compare.ipynb #04edadb4
 def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Path:
     """Train what is missing, test what is not tested, and write results/NAME/{results.json, table.md, curves.png}.
 
@@ -131,11 +131,9 @@ def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Pat
     save_figure(plot_curves(curves, ceilings={"all glimpses": everything}), folder / "curves.png")
     return folder
 
-
 def _mean_and_spread(runs: list[list[float]]) -> tuple[list[float], list[float]]:
     columns = [list(values) for values in zip(*runs)]
     return [mean(values) for values in columns], [_spread(values) for values in columns]
-
 
 def _page(options: CompareOptions, records: list[dict[str, Any]], command: str) -> str:
     made = records[0]["versions"]
@@ -143,7 +141,8 @@ def _page(options: CompareOptions, records: list[dict[str, Any]], command: str) 
     seconds = ", ".join(f"{phase} {mean(record['seconds'][phase] for record in records):.0f} s" for phase in phases)
     about = (
         f"`{command}`\n\n{options.train.dataset}, mean ± standard deviation over training seeds "
-        f"{', '.join(map(str, options.training_seeds))}; seeds of the first look: {', '.join(map(str, options.seeds))}. "
+        f"{', '.join(map(str, options.training_seeds))}; "
+        f"seeds of the first look: {', '.join(map(str, options.seeds))}. "
         f"Training: {seconds}, mean over seeds. phattn {made['phattn']} ({made['commit']}), torch {made['torch']}, "
         f"{made['device']}, {made['threads']} threads."
     )

@@ -20,7 +20,7 @@ from .archives import Plan, contents, decode_once, fingerprint, listing, plan_ar
 from .data import ImageSet, digits
 from .folders import folder, npz
 
-# %% ../nbs/00d_datasets.ipynb #5a683f70
+# %% ../nbs/00d_datasets.ipynb #dab98e7c
 def _missing(dataset: str, looked: list[Path], cure: str) -> FileNotFoundError:
     places = "\n  ".join(map(str, looked))
     return FileNotFoundError(f"datapath: {dataset} is not there; looked for\n  {places}\n{cure}")
@@ -30,8 +30,8 @@ _FETCH = "Fetch it with --download (download=True), or say with --datapath where
 
 
 def _damaged(path: Path) -> ValueError:
-    cure = "Remove it, and fetch it again with --download (download=True)"
-    return ValueError(f"{path}: wrong checksum, so it is damaged or was not downloaded whole. {cure}")
+    state = "wrong checksum, so it is damaged or was not downloaded whole" if path.is_file() else "missing"
+    return ValueError(f"{path}: {state}. Remove what is there, and fetch it with --download (download=True)")
 
 # %% ../nbs/00d_datasets.ipynb #ff956bc8
 def _fetch(make: Callable[..., Any], root: Path, archive: Path | None = None) -> None:
@@ -236,7 +236,7 @@ def _readable(ids: list[str], words: str) -> tuple[str, ...]:
     first = [entry.split(",")[0] for entry in entries]
     return tuple(short if first.count(short) == 1 else entry for short, entry in zip(first, entries, strict=True))
 
-# %% ../nbs/00d_datasets.ipynb #4bf4cafd
+# %% ../nbs/00d_datasets.ipynb #406e3b53
 DATASETS: dict[str, Callable[..., ImageSet]] = {
     "digits": lambda split, datapath, *, seed, **_: digits(split, seed=seed),
     "svhn": _svhn,
@@ -249,7 +249,7 @@ DATASETS: dict[str, Callable[..., ImageSet]] = {
 }
 _REAL = {"svhn": _DIGITS, "cifar10": _OBJECTS, "cifar100": None, "cinic10": _OBJECTS, "tinyimagenet": None}
 
-
+# %% ../nbs/00d_datasets.ipynb #a141bc74
 def load(
     dataset: str,
     split: str,

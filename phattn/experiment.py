@@ -94,7 +94,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
     return torch.device(name)
 
-# %% ../nbs/09a_experiment.ipynb #f0f95070
+# %% ../nbs/09a_experiment.ipynb #9b41fb1e
 def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     """Train, test and draw.
 
@@ -103,8 +103,8 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
         tell: takes lines for the reader.
 
     Returns:
-        The run folder: for each phase config.json, history.json, states, weights_f_E.pth and TensorBoard events; for the
-        whole model.safetensors, metrics.json, look.png, look.gif, curves.png, history.png.
+        The run folder: for each phase config.json, history.json, states, weights_f_E.pth and TensorBoard events; for
+        the whole model.safetensors, metrics.json, look.png, look.gif, curves.png, history.png.
 
     Raises:
         ValueError, OSError: for options that can't work, before anything is written.
@@ -137,18 +137,15 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     conclude(model, data["test"], folder, history, options)
     return folder
 
-
 def load_data(options: TrainOptions, split: str) -> ImageSet:
     """The training or the test images that options ask for; errors as `phattn.datasets.load`."""
     return load(options.dataset, split, datapath=options.datapath, download=options.download)
-
 
 def model_config(dataset: str, data: ImageSet) -> ModelConfig:
     """The sizes of the model for a data set: the method's; for your own images those for 32×32, at their size."""
     glimpse = min(32, 2 * round(data.size / 8))
     config = CONFIGS.get(dataset) or ModelConfig(classes=data.classes, image=data.size, glimpse=glimpse)
     return replace(config, names=data.names)
-
 
 def _free_folder(wanted: Path) -> Path:
     number, folder = 1, wanted
@@ -204,7 +201,7 @@ def conclude(
         save_figure(figure, folder / f"look{index}.png")
     animate_look(test.images[0], trace, model.grid, folder / "look.gif", names=test.names, label=int(test.labels[0]))
 
-# %% ../nbs/09a_experiment.ipynb #12f382d7
+# %% ../nbs/09a_experiment.ipynb #c4510a1c
 def open_model(name: str | Path) -> tuple[HardAttention, dict[str, str]]:
     """A trained model and what its file says about it.
 
@@ -218,7 +215,8 @@ def open_model(name: str | Path) -> tuple[HardAttention, dict[str, str]]:
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f"no model {str(name)!r}: give a pretrained name ({', '.join(pretrained())}), a .safetensors file, or a run folder"
+            f"no model {str(name)!r}: give a pretrained name ({', '.join(pretrained())}), a .safetensors file, "
+            "or a run folder"
         )
     model = HardAttention.load(path)
     with safetensors.safe_open(path, framework="pt") as file:

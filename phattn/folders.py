@@ -52,13 +52,13 @@ def _drawn(files: list[list[str]], split: str, root: Path, seed: int) -> list[li
         parts.append([path for path in found if (path in tested) == (split == "test")])
     return parts
 
-# %% ../nbs/00c_folders.ipynb #c019307a
+# %% ../nbs/00c_folders.ipynb #9b75f505
 def _side(path: Path) -> int:
     read_image(path, 1)  # a file that can't be read is refused here, with its path
     with Image.open(path) as picture:
         return min(max(min(picture.size), 32), 64)
 
-
+# %% ../nbs/00c_folders.ipynb #52dc65d2
 def folder(split: str, datapath: Path, *, seed: int = 0, size: int | None = None) -> ImageSet:
     """Read picture files, one folder for each class.
 

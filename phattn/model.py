@@ -26,7 +26,7 @@ from .glimpse import GlimpseNetwork, Grid, sense
 from .partial_vae import Decoder, Encoder, PartialVAE
 from .recurrence import Classifier, Recurrence
 
-# %% ../nbs/05_model.ipynb #e62cda7e
+# %% ../nbs/05_model.ipynb #e71363b9
 @dataclass(frozen=True)
 class ModelConfig:
     """The sizes of a model.
@@ -67,7 +67,9 @@ class ModelConfig:
         if self.names and len(self.names) != self.classes:
             raise ValueError(f"names must list all {self.classes} classes or none, got {len(self.names)}")
         if self.grid.n < 2:
-            raise ValueError(f"image = {self.image} leaves one place for a glimpse of {self.glimpse}: nothing to choose")
+            raise ValueError(
+                f"image = {self.image} leaves one place for a glimpse of {self.glimpse}: nothing to choose"
+            )
 
     @property
     def grid(self) -> Grid:
@@ -166,14 +168,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../nbs/05_model.ipynb #77b7ee5f
+# %% ../nbs/05_model.ipynb #bdd6bad2
 def save_model(model: HardAttention, path: str | PathLike, **about: str) -> None:
     """Write a model to a safetensors file: its tensors, its configuration and what else is to be known `about` it."""
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     header = {"config": json.dumps(asdict(model.config)), "phattn": __version__, **about}
     with write_whole(path) as file:
         file.write(safetensors.torch.save(tensors, header))
-
 
 def load_model(path: str | PathLike) -> HardAttention:
     """Read a model from a safetensors file, in eval mode, on the CPU.
@@ -195,7 +196,6 @@ def load_model(path: str | PathLike) -> HardAttention:
     fit(model, tensors, path)
     return model.eval()
 
-
 def fit(model: HardAttention, tensors: dict[str, Tensor], source: str | PathLike) -> None:
     """Copy tensors into a model; a ValueError names `source` and what differs if they do not fit it exactly."""
     wanted = model.state_dict()
@@ -205,11 +205,10 @@ def fit(model: HardAttention, tensors: dict[str, Tensor], source: str | PathLike
     for name, value in wanted.items():
         if value.shape != tensors[name].shape:
             raise ValueError(
-                f"{source} does not fit the model: {name} is {tuple(tensors[name].shape)} there and {tuple(value.shape)} "
-                "here; are the data set and the sizes the same?"
+                f"{source} does not fit the model: {name} is {tuple(tensors[name].shape)} there and "
+                f"{tuple(value.shape)} here; are the data set and the sizes the same?"
             )
     model.load_state_dict(tensors)
-
 
 def _read_config(text: str | None, path: Path) -> ModelConfig:
     try:

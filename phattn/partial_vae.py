@@ -110,7 +110,7 @@ def _noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | No
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=device).to(like)
 
-# %% ../nbs/04_partial_vae.ipynb #8a08a03a
+# %% ../nbs/04_partial_vae.ipynb #069d7253
 class PartialVAE(nn.Module):
     """Networks S and D: a distribution over the features of all places, given the state after a few.
 
@@ -176,7 +176,7 @@ class PartialVAE(nn.Module):
     def importance_weighted(
         self, h: Tensor, features: Tensor, seen: Tensor, samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """log of the mean importance weight over `samples` draws: a tighter bound than the ELBO (Burda et al., 2016)."""
+        """Log of the mean importance weight over `samples` draws, a tighter bound (Burda et al., 2016), in nats."""
         weights = self.elbo(h, features, seen, samples, generator).bound
         return weights.logsumexp(0) - math.log(samples)
 

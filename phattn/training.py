@@ -214,7 +214,7 @@ def _schedule(optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int):
         optimiser, factor=0.5, patience=25, threshold=0.01, threshold_mode="abs"
     )
 
-# %% ../nbs/07_training.ipynb #f124781c
+# %% ../nbs/07_training.ipynb #e3c19cba
 def train_phase(
     model: HardAttention,
     data: ImageSet,
@@ -247,7 +247,9 @@ def train_phase(
     if recipe.compile:
         for part in (model.glimpse.cnn, model.vae.flow, model.vae.decoder):
             part.compile()
-    bar = tqdm(total=recipe.epochs * steps, initial=len(history) * steps, desc=recipe.phase, unit="step", mininterval=0.5)
+    bar = tqdm(
+        total=recipe.epochs * steps, initial=len(history) * steps, desc=recipe.phase, unit="step", mininterval=0.5
+    )
     with bar, torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         if recipe.phase == "second":
             _start_flow(model, data, recipe)

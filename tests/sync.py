@@ -171,8 +171,10 @@ def write_readme(tree: Path) -> None:
             cell.metadata["tags"] = ["no-code"] if re.match(r"#\|\s*echo:\s*false", cell.source) else []
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
     template = "nbs/images/readme_{cell_index}_{index}{extension}"
-    config = Config(ExtractOutputPreprocessor={"output_filename_template": template})
-    config.TagRemovePreprocessor = {"enabled": True, "remove_input_tags": {"no-code"}}
+    config = Config(
+        ExtractOutputPreprocessor={"output_filename_template": template},
+        TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"no-code"}},
+    )
     exporter = MarkdownExporter(config=config)
     text, resources = exporter.from_notebook_node(notebook)
     text = outside_code(text.strip(), lambda part: re.sub(r"\n([ \t]*\n)+", "\n\n", part))
