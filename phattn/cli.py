@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'EvaluateOptions', 'LookOptions', 'InfoOptions', 'main']
 
-# %% ../nbs/10_cli.ipynb #212639b4
+# %% ../nbs/10_cli.ipynb #45dff3dd
 import json
 import sys
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from .compare import CompareOptions, compare
 from .data import read_image
 from .datasets import DATASETS
-from .evaluation import evaluate
+from .evaluation import evaluate, summary
 from .experiment import TrainOptions, choose_device, load_data, open_model, train
 from .model import pretrained
 from .plots import animate_look, plot_look, save_figure
@@ -87,7 +87,7 @@ class InfoOptions:
 
     model: Positional[str | None] = None
 
-# %% ../nbs/10_cli.ipynb #576d79f5
+# %% ../nbs/10_cli.ipynb #3c48fab7
 def _evaluate(options: EvaluateOptions) -> None:
     device = choose_device(options.device)
     model, about = open_model(options.model)
@@ -97,10 +97,7 @@ def _evaluate(options: EvaluateOptions) -> None:
     if options.json:
         print(json.dumps({"dataset": dataset, "seeds": list(options.seeds), "policies": results}))
         return
-    print(f"{options.model} on {len(test)} test images of {dataset}; accuracy in percent after each look")
-    print("".join(f"{title:>12s}" for title in ["", *(f"t = {t}" for t in range(1, options.T + 1))]))
-    for name, measures in results.items():
-        print(f"{name:>12s}" + "".join(f"{100 * value:12.1f}" for value in measures["accuracy"]))
+    print(f"{options.model} on {len(test)} test images of {dataset}\n{summary(results)}")
 
 
 def _look(options: LookOptions) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainOptions', 'recipes', 'choose_device', 'train', 'load_data', 'model_config', 'conclude', 'open_model']
 
-# %% ../nbs/09a_experiment.ipynb #a4755dbb
+# %% ../nbs/09a_experiment.ipynb #f3547fa5
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from .data import ImageSet
 from .datasets import DATASETS, load
-from .evaluation import evaluate
+from .evaluation import evaluate, summary
 from .model import CONFIGS, HardAttention, ModelConfig, pretrained
 from .plots import animate_look, plot_curves, plot_history, plot_look, save_figure
 from .policy import EIG, POLICIES, look, random
@@ -94,7 +94,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
     return torch.device(name)
 
-# %% ../nbs/09a_experiment.ipynb #9b41fb1e
+# %% ../nbs/09a_experiment.ipynb #38481b2c
 def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     """Train, test and draw.
 
@@ -134,7 +134,8 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     except KeyboardInterrupt:
         tell(f"stopped; go on with the same options and --resume --logfolder={folder}")
         raise
-    conclude(model, data["test"], folder, history, options)
+    tell(f"testing on {len(data['test'])} images")
+    tell(summary(conclude(model, data["test"], folder, history, options)))
     return folder
 
 def load_data(options: TrainOptions, split: str) -> ImageSet:
@@ -176,11 +177,11 @@ def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptio
 
         return train_phase(model, data["train"], chosen, run, report)
 
-# %% ../nbs/09a_experiment.ipynb #564b3a7e
+# %% ../nbs/09a_experiment.ipynb #d39fa268
 def conclude(
     model: HardAttention, test: ImageSet, folder: Path, history: dict[str, list[dict]], options: TrainOptions
-) -> None:
-    """Test a trained model, and write model.safetensors, metrics.json and the pictures into `folder`."""
+) -> dict[str, dict[str, list[float]]]:
+    """Test a trained model, write model.safetensors, metrics.json and the pictures into `folder`; the test's results."""
     imagines = "second" in history or "third" in history
     policies = {name: policy for name, policy in POLICIES.items() if imagines or name != "eig"}
     results = evaluate(model, test, policies, options.T, seeds=(options.seed,), batch=options.batchv)
@@ -200,6 +201,7 @@ def conclude(
         figure = plot_look(test.images[index], trace, model.grid, index=index, names=test.names, label=label, unit=unit)
         save_figure(figure, folder / f"look{index}.png")
     animate_look(test.images[0], trace, model.grid, folder / "look.gif", names=test.names, label=int(test.labels[0]))
+    return results
 
 # %% ../nbs/09a_experiment.ipynb #c4510a1c
 def open_model(name: str | Path) -> tuple[HardAttention, dict[str, str]]:

@@ -1,0 +1,126 @@
+"""The method as one would write it from the paper, for comparison: a loop over t, a call per step, `repeat` for looking ahead.
+
+It computes what `phattn` computes, with the same parameters: the modules are those of a `HardAttention`, except for the
+decoder, which keeps channels first and pads with `nn.functional.pad`. Nothing here is used by the package.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, leaky_relu, pad
+
+from phattn.model import HardAttention, evaluating
+from phattn.partial_vae import Decoder
+
+
+class PlainDecoder(nn.Module):
+    """D with channels first, from the parameters of ours."""
+
+    def __init__(self, ours: Decoder):
+        super().__init__()
+        self.n, self.grow, self.refine, self.last = ours.n, ours.grow, ours.refine, ours.last
+        self.norms = nn.ModuleList()
+        for norm in ours.norms:
+            height, width, channels = norm.normalized_shape
+            plain = nn.LayerNorm((channels, height, width))
+            plain.weight.data, plain.bias.data = norm.weight.permute(2, 0, 1), norm.bias.permute(2, 0, 1)
+            self.norms.append(plain)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """B×nz -> B×nf×n×n."""
+        x = z[:, :, None, None]
+        for k, layer in enumerate([*self.grow, *self.refine]):
+            if k >= len(self.grow):
+                x = pad(x, (1, 1, 1, 1), mode="replicate")
+            x = self.norms[k](leaky_relu(layer(x)))
+        return self.last(pad(x, (1, 1, 1, 1), mode="replicate"))
+
+
+class Plain:
+    """The three losses and the look, step by step, with the parameters of `model`."""
+
+    def __init__(self, model: HardAttention):
+        self.model, self.decoder = model, PlainDecoder(model.vae.decoder)
+        self.candidates = model.grid.candidates()
+
+    def glimpse(self, images: Tensor, locations: Tensor) -> Tensor:
+        """f of one glimpse for each image, cut out one by one: B×nf."""
+        g = self.model.grid.glimpse
+        cut = [image[:, row : row + g, col : col + g] for image, (row, col) in zip(images, locations.tolist())]
+        return self.model.glimpse(torch.stack(cut), locations)
+
+    def classify(self, h: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy after one step."""
+        return cross_entropy(self.model.classifier(h), labels)
+
+    def sample(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """One latent for each state, and log q."""
+        z, log_q = self.model.vae.sample(h)
+        return z[0], log_q[0]
+
+    def bound(self, h: Tensor, target: Tensor, seen: Tensor) -> Tensor:
+        """L_V / nz of one step; target B×nf×n×n, seen B×n×n."""
+        z, log_q = self.sample(h)
+        w = self.model.vae.log_variance
+        error = (self.decoder(z) - target) ** 2 / w.exp() + w
+        log_prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        return (0.5 * (error * seen[:, None]).sum((1, 2, 3)) - log_prior + log_q).mean() / z.shape[-1]
+
+    def gain(self, h: Tensor, samples: int) -> Tensor:
+        """EIG of all candidates: B×N."""
+        model, (batch, n) = self.model, (len(h), len(self.candidates))
+        belief = model.classifier(h).log_softmax(-1)
+        dreams = self.decoder(self.sample(h.repeat(samples, 1))[0]).flatten(2).transpose(1, 2)
+        places = self.candidates.repeat(samples * batch, 1)
+        f = model.glimpse.at(dreams.reshape(samples * batch * n, -1), places)
+        ahead = model.recurrence(f, h.repeat(samples, 1)[:, None].repeat(1, n, 1).flatten(0, 1))
+        would = model.classifier(ahead).log_softmax(-1).view(samples, batch, n, -1)
+        return (would.exp() * (would - belief[:, None])).sum(-1).mean(0)
+
+    def first(self, images: Tensor, labels: Tensor, looks: int) -> Tensor:
+        """Loss of phase one."""
+        h, loss = self.model.recurrence.start(len(images)), 0.0
+        for _ in range(looks):
+            locations = torch.randint(images.shape[-1] - self.model.grid.glimpse + 1, (len(images), 2))
+            h = self.model.recurrence(self.glimpse(images, locations), h)
+            loss = loss + self.classify(h, labels) / looks
+        return loss
+
+    def second(self, images: Tensor, labels: Tensor, looks: int) -> Tensor:
+        """Loss of phase two."""
+        with torch.no_grad():
+            target = self.model.glimpse.cnn(images)
+        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates)), 0.0
+        places = torch.rand(len(images), len(self.candidates)).argsort(-1)
+        for t in range(looks):
+            with torch.no_grad():
+                h = self.model.recurrence(self.glimpse(images, self.candidates[places[:, t]]), h)
+            seen[torch.arange(len(images)), places[:, t]] = 1
+            loss = loss + self.bound(h, target, seen.clone().view(-1, *target.shape[2:])) / looks
+        return loss
+
+    def third(self, images: Tensor, labels: Tensor, looks: int, ccebal: float = 16.0) -> Tensor:
+        """Loss of phase three."""
+        with torch.no_grad():
+            target = self.model.glimpse.cnn(images)
+        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates)), 0.0
+        place = torch.randint(len(self.candidates), (len(images),))
+        for _ in range(looks):
+            h = self.model.recurrence(self.glimpse(images, self.candidates[place]), h)
+            seen[torch.arange(len(images)), place] = 1
+            loss = loss + self.bound(h, target, seen.clone().view(-1, *target.shape[2:])) / looks
+            loss = loss + ccebal * self.classify(h, labels) / looks
+            with evaluating(self.model):
+                place = (self.gain(h, 1) - 1e9 * seen).argmax(-1)
+        return loss
+
+    @torch.no_grad()
+    def look(self, images: Tensor, looks: int, samples: int) -> Tensor:
+        """The state after looking where EIG is largest."""
+        h, seen = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates))
+        place = torch.randint(len(self.candidates), (len(images),))
+        for t in range(looks):
+            h = self.model.recurrence(self.glimpse(images, self.candidates[place]), h)
+            seen[torch.arange(len(images)), place] = 1
+            if t + 1 < looks:
+                place = (self.gain(h, samples) - 1e9 * seen).argmax(-1)
+        return h
