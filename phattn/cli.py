@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'EvaluateOptions', 'LookOptions', 'InfoOptions', 'main']
 
-# %% ../nbs/10_cli.ipynb #45dff3dd
+# %% ../nbs/10_cli.ipynb #0aabab4f
 import json
 import sys
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .data import read_image
 from .datasets import DATASETS
 from .evaluation import evaluate, summary
 from .experiment import TrainOptions, choose_device, load_data, open_model, train
-from .model import pretrained
+from .model import HardAttention, pretrained
 from .plots import animate_look, plot_look, save_figure
 from .policy import EIG, POLICIES, look
 from .runs import versions
@@ -87,21 +87,30 @@ class InfoOptions:
 
     model: Positional[str | None] = None
 
-# %% ../nbs/10_cli.ipynb #3c48fab7
+# %% ../nbs/10_cli.ipynb #7d5d34dd
 def _evaluate(options: EvaluateOptions) -> None:
     device = choose_device(options.device)
-    model, about = open_model(options.model)
-    dataset = options.dataset or about["dataset"]
+    model = open_model(options.model)
+    dataset = options.dataset or model.about.get("dataset")
+    if dataset is None:
+        raise ValueError(f"{options.model} does not say what it was trained on: give --dataset")
     test = load_data(TrainOptions(dataset=dataset, datapath=options.datapath), "test")
-    results = evaluate(model.to(device), test, POLICIES, options.T, seeds=options.seeds, batch=options.batchv)
+    policies = {name: policy for name, policy in POLICIES.items() if name != "eig" or _imagines(model)}
+    results = evaluate(model.to(device), test, policies, options.T, seeds=options.seeds, batch=options.batchv)
     if options.json:
         print(json.dumps({"dataset": dataset, "seeds": list(options.seeds), "policies": results}))
         return
     print(f"{options.model} on {len(test)} test images of {dataset}\n{summary(results)}")
 
 
+def _imagines(model: HardAttention) -> bool:
+    return model.about.get("phases") != "first"
+
+
 def _look(options: LookOptions) -> None:
-    model, _ = open_model(options.model)
+    model = open_model(options.model)
+    if not _imagines(model):
+        raise ValueError(f"{options.model} has not learnt to imagine yet, so it can't choose: train the second phase")
     image = read_image(options.image, model.config.image)
     generator = torch.Generator().manual_seed(options.seed)
     trace = look(
@@ -122,7 +131,7 @@ def _look(options: LookOptions) -> None:
     looks = int(trace.looks[0])
     print(f"{names[answer] if names else answer} ({sure:.0%} sure after {looks} looks); picture in {options.out}")
 
-# %% ../nbs/10_cli.ipynb #81ce840c
+# %% ../nbs/10_cli.ipynb #4bb05487
 def _info(options: InfoOptions) -> None:
     if options.model is None:
         for name, value in versions().items():
@@ -131,8 +140,8 @@ def _info(options: InfoOptions) -> None:
         print(f"{'data sets':14s}{', '.join(DATASETS)}")
         print(f"{'pretrained':14s}{', '.join(pretrained()) or 'none'}")
         return
-    model, about = open_model(options.model)
-    for name, value in about.items():
+    model = open_model(options.model)
+    for name, value in model.about.items():
         print(f"{name:14s}{value}")
     for name in ("glimpse", "recurrence", "classifier", "vae"):
         part = sum(parameter.numel() for parameter in getattr(model, name).parameters())

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['COMPARED', 'CompareOptions', 'table', 'compare']
 
-# %% ../nbs/09b_compare.ipynb #f0455a80
+# %% ../nbs/09b_compare.ipynb #6caf5360
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,7 +19,7 @@ from .files import write_whole
 from .model import HardAttention
 from .plots import plot_curves, save_figure
 from .policy import EIG, Policy, centre_out, oracle, random
-from .runs import versions, write_json
+from .runs import command, versions, write_json
 
 # %% ../nbs/09b_compare.ipynb #6039d376
 COMPARED: dict[str, Policy] = {
@@ -48,15 +47,27 @@ class CompareOptions:
     seeds: tuple[int, ...] = (0,)
     name: str | None = None
 
-# %% ../nbs/09b_compare.ipynb #b730036a
+# %% ../nbs/09b_compare.ipynb #1a6f67e1
+_WHERE = (
+    "seed",
+    "logfolder",
+    "resume",
+    "datapath",
+    "download",
+    "device",
+    "batchv",
+)  # what leaves the mathematics alone
+
+
 def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
     folder = Path("runs") / f"compare-{_name(options)}" / f"seed{seed}"
     kept = folder / "compared.json"
-    asked = {"seeds": list(options.seeds), "looks": options.train.T, "policies": list(COMPARED)}
+    training = {name: value for name, value in asdict(options.train).items() if name not in _WHERE}
+    asked = {"seeds": list(options.seeds), "policies": list(COMPARED), "training": training}
     if kept.exists() and (record := json.loads(kept.read_text()))["asked"] == asked:
         tell(f"seed {seed}: tested already, in {kept}")
         return record
-    train(replace(options.train, seed=seed, logfolder=folder, resume=True), tell)
+    train(replace(options.train, seed=seed, logfolder=folder, resume=folder.exists()), tell)
     device = choose_device(options.train.device)
     model, test = HardAttention.load(folder / "model.safetensors").to(device), load_data(options.train, "test")
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -69,7 +80,9 @@ def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -
         "epochs": metrics["epochs"],
         "policies": evaluate(model, test, COMPARED, options.train.T, **how),
         "all": see_everything(model, test, **how),
-        "versions": versions(),
+        "device": str(device),
+        "trained": json.loads((folder / "third" / "config.json").read_text())["versions"],
+        "tested": versions(),
     }
     write_json(record, kept)
     return record
@@ -101,7 +114,7 @@ def table(records: list[dict[str, Any]], measure: str = "accuracy") -> str:
     lines.append("| all glimpses |" + " |" * (looks - 1) + f" {everything} |")
     return "\n".join(lines)
 
-# %% ../nbs/09b_compare.ipynb #04edadb4
+# %% ../nbs/09b_compare.ipynb #179c3cc2
 def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Path:
     """Train what is missing, test what is not tested, and write results/NAME/{results.json, table.md, curves.png}.
 
@@ -117,12 +130,17 @@ def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Pat
     """
     if not options.training_seeds or not options.seeds:
         raise ValueError("training_seeds and seeds must each name at least one seed")
+    for name in ("seed", "logfolder", "resume", "training_phase", "pretrain_checkpoint"):
+        if getattr(options.train, name) != getattr(TrainOptions(), name):
+            raise ValueError(
+                f"{name} can't be set: compare trains all phases from each of training_seeds, in its own folders"
+            )
     records = [_one_seed(options, seed, tell) for seed in options.training_seeds]
     folder = Path("results") / _name(options)
-    command = " ".join(["phattn", *sys.argv[1:]])
-    write_json({"dataset": options.train.dataset, "command": command, "runs": records}, folder / "results.json")
+    made = {"dataset": options.train.dataset, "command": command(), "runs": records}
+    write_json(made, folder / "results.json")
     with write_whole(folder / "table.md") as file:
-        file.write(_page(options, records, command).encode())
+        file.write(_page(options, records).encode())
     curves = {
         name: {"accuracy": _mean_and_spread([record["policies"][name]["accuracy"] for record in records])}
         for name in COMPARED
@@ -131,19 +149,22 @@ def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Pat
     save_figure(plot_curves(curves, ceilings={"all glimpses": everything}), folder / "curves.png")
     return folder
 
+
 def _mean_and_spread(runs: list[list[float]]) -> tuple[list[float], list[float]]:
     columns = [list(values) for values in zip(*runs)]
     return [mean(values) for values in columns], [_spread(values) for values in columns]
 
-def _page(options: CompareOptions, records: list[dict[str, Any]], command: str) -> str:
-    made = records[0]["versions"]
+
+def _page(options: CompareOptions, records: list[dict[str, Any]]) -> str:
+    made = records[0]["trained"]
+    commits = sorted({record[stage]["commit"] for record in records for stage in ("trained", "tested")})
     phases = records[0]["seconds"]
     seconds = ", ".join(f"{phase} {mean(record['seconds'][phase] for record in records):.0f} s" for phase in phases)
     about = (
-        f"`{command}`\n\n{options.train.dataset}, mean ± standard deviation over training seeds "
+        f"`{command()}`\n\n{options.train.dataset}, mean ± standard deviation over training seeds "
         f"{', '.join(map(str, options.training_seeds))}; "
         f"seeds of the first look: {', '.join(map(str, options.seeds))}. "
-        f"Training: {seconds}, mean over seeds. phattn {made['phattn']} ({made['commit']}), torch {made['torch']}, "
-        f"{made['device']}, {made['threads']} threads."
+        f"Training: {seconds}, mean over seeds. phattn {made['phattn']} (commit {', '.join(commits)}), "
+        f"torch {made['torch']}, {records[0]['device']}, {made['cpu']}, {made['threads']} threads."
     )
     return "\n\n".join([about, *(table(records, measure) for measure in ("accuracy", "nll", "ece"))]) + "\n"

@@ -15,7 +15,7 @@ from .data import ImageSet
 from .model import HardAttention
 from .policy import Policy, look, random
 
-# %% ../nbs/08_evaluation.ipynb #05508b2e
+# %% ../nbs/08_evaluation.ipynb #ca6f646f
 def predict(
     model: HardAttention,
     data: ImageSet,
@@ -30,7 +30,8 @@ def predict(
     Args:
         model, policy, looks, generator: as for `phattn.policy.look`.
         data: the images; on any device.
-        batch: images at a time. More need more memory: EIG with P samples holds P·batch·N states.
+        batch: images at a time. More need more memory: EIG with P samples holds P·batch·N states. What a policy draws
+            after the first look depends on it.
 
     Returns:
         log p(y|h) after each look: len(data)×T×classes, on the CPU.
@@ -66,7 +67,7 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, list[float]]:
         "ece": [multiclass_calibration_error(step.exp(), labels, classes, n_bins=15).item() for step in steps],
     }
 
-# %% ../nbs/08_evaluation.ipynb #43330b37
+# %% ../nbs/08_evaluation.ipynb #d2bc8a1a
 def evaluate(
     model: HardAttention,
     data: ImageSet,
@@ -85,7 +86,14 @@ def evaluate(
 
     Returns:
         name -> {"accuracy", "nll", "ece"} -> a number for each t = 1…T: means over the seeds.
+
+    Raises:
+        ValueError: if the images do not fit the model, or there is no seed.
     """
+    if not seeds:
+        raise ValueError("seeds must name at least one seed")
+    if data.classes != model.config.classes:
+        raise ValueError(f"data hold {data.classes} classes, the model knows {model.config.classes}")
     results = {}
     for name, policy in policies.items():
         runs = [

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['TrainOptions', 'recipes', 'choose_device', 'train', 'load_data', 'model_config', 'conclude', 'open_model']
 
-# %% ../nbs/09a_experiment.ipynb #f3547fa5
+# %% ../nbs/09a_experiment.ipynb #e31c757c
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import safetensors
 import torch
 
 from .data import ImageSet
@@ -23,7 +22,7 @@ from .policy import EIG, POLICIES, look, random
 from .runs import Run, load_weights, versions, write_json
 from .training import Phase, Recipe, check, recipe, train_phase
 
-# %% ../nbs/09a_experiment.ipynb #3b25893c
+# %% ../nbs/09a_experiment.ipynb #912deed7
 @dataclass(frozen=True)
 class TrainOptions:
     """Train a model: all three phases, or one.
@@ -33,12 +32,13 @@ class TrainOptions:
         datapath: folder of the data sets; the digits need none.
         download: fetch a data set that is not in `datapath`, where its makers allow it.
         training_phase: all three in turn, or one; the second and third start from `pretrain_checkpoint`.
-        lr: learning rate; of the recipe when not given, like the next four.
+        lr: learning rate; of the recipe when not given, like the next six.
         ccebal: weight of the cross-entropy in the third phase.
         batch: images per step.
         epochs: passes over the training images, for each phase.
         schedule: of the learning rate: "plateau" (the paper's) or "one-cycle".
         elbo_steps: at how many of the T steps the bound is taken; 0 for all.
+        augment: whether images are augmented; mirroring is part of it, so not for letters.
         batchv: images at a time when testing.
         T: glimpses per image.
         logfolder: folder of the run; runs/DATASET, or the next free number after it, when not given.
@@ -60,6 +60,7 @@ class TrainOptions:
     epochs: int | None = None
     schedule: Literal["plateau", "one-cycle"] | None = None
     elbo_steps: int | None = None
+    augment: bool | None = None
     batchv: int = 64
     T: int = 7
     logfolder: Path | None = None
@@ -70,13 +71,16 @@ class TrainOptions:
     bf16: bool = False
     compile: bool = False
 
-# %% ../nbs/09a_experiment.ipynb #6e8bc3f3
+# %% ../nbs/09a_experiment.ipynb #f8af4f0c
 def recipes(options: TrainOptions) -> list[Recipe]:
     """The recipes of the phases that options ask for; a ValueError names an option that is out of range."""
-    given = {name: getattr(options, name) for name in ("lr", "ccebal", "batch", "epochs", "schedule", "elbo_steps")}
+    names = ("lr", "ccebal", "batch", "epochs", "schedule", "elbo_steps", "augment")
+    given = {name: getattr(options, name) for name in names}
     changes = {name: value for name, value in given.items() if value is not None}
     if options.elbo_steps == 0:
         changes["elbo_steps"] = None
+    if options.batchv < 1:
+        raise ValueError(f"batchv must be at least 1, got {options.batchv}")
     changes |= dict(looks=options.T, seed=options.seed, bf16=options.bf16, compile=options.compile)
     phases = get_args(Phase) if options.training_phase == "all" else [options.training_phase]
     return [recipe(options.dataset, phase, **changes) for phase in phases]
@@ -94,7 +98,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
     return torch.device(name)
 
-# %% ../nbs/09a_experiment.ipynb #38481b2c
+# %% ../nbs/09a_experiment.ipynb #0d7c19c1
 def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     """Train, test and draw.
 
@@ -104,7 +108,7 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
 
     Returns:
         The run folder: for each phase config.json, history.json, states, weights_f_E.pth and TensorBoard events; for
-        the whole model.safetensors, metrics.json, look.png, look.gif, curves.png, history.png.
+        the whole model.safetensors, metrics.json, look0.png …, look.gif, curves.png, history.png.
 
     Raises:
         ValueError, OSError: for options that can't work, before anything is written.
@@ -124,23 +128,25 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     model.to(device)
     for chosen in phases:
         check(model, data["train"], chosen)
-    folder = options.logfolder or _free_folder(Path("runs") / options.dataset)
+    folder = _folder(options)
     tell(f"{options.dataset}: {len(data['train'])} training images on {device}, run folder {folder}")
     history = {}
     try:
         for chosen in phases:
             place = folder / chosen.phase if len(phases) > 1 else folder
             history[chosen.phase] = _phase(model, data, chosen, options, place)
+        tell(f"testing on {len(data['test'])} images")
+        tell(summary(conclude(model, data["test"], folder, history, options)))
     except KeyboardInterrupt:
         tell(f"stopped; go on with the same options and --resume --logfolder={folder}")
         raise
-    tell(f"testing on {len(data['test'])} images")
-    tell(summary(conclude(model, data["test"], folder, history, options)))
     return folder
+
 
 def load_data(options: TrainOptions, split: str) -> ImageSet:
     """The training or the test images that options ask for; errors as `phattn.datasets.load`."""
     return load(options.dataset, split, datapath=options.datapath, download=options.download)
+
 
 def model_config(dataset: str, data: ImageSet) -> ModelConfig:
     """The sizes of the model for a data set: the method's; for your own images those for 32×32, at their size."""
@@ -148,18 +154,28 @@ def model_config(dataset: str, data: ImageSet) -> ModelConfig:
     config = CONFIGS.get(dataset) or ModelConfig(classes=data.classes, image=data.size, glimpse=glimpse)
     return replace(config, names=data.names)
 
-def _free_folder(wanted: Path) -> Path:
-    number, folder = 1, wanted
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+
+def _folder(options: TrainOptions) -> Path:
+    wanted = Path("runs") / options.dataset
+    folder = options.logfolder or wanted
+    if options.resume and not folder.is_dir():
+        raise FileNotFoundError(f"nothing to resume: there is no folder {folder}")
+    if options.logfolder is None and not options.resume:
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+    other = [folder / phase for phase in get_args(Phase)] if options.training_phase != "all" else [folder]
+    if any((place / "config.json").exists() for place in other):
+        kind = "all phases" if options.training_phase != "all" else "a single phase"
+        raise FileExistsError(f"{folder} holds a run of {kind}: choose another --logfolder")
     return folder
 
-# %% ../nbs/09a_experiment.ipynb #2b9a9cdd
+# %% ../nbs/09a_experiment.ipynb #4c17d4f2
 def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptions, folder: Path) -> list[dict]:
     asked = asdict(chosen) | {"dataset": options.dataset, "model": asdict(model.config)}
     asked["pretrain_checkpoint"] = str(options.pretrain_checkpoint)
-    few, every = data["test"][:250], max(1, chosen.epochs // 10)
+    few, every = _some(data["test"], 250, options.seed), max(1, chosen.epochs // 10)
     policy = EIG(1) if chosen.phase == "third" else random
     with Run(folder, asked, options.resume) as run:
         if done := run.finished(model, chosen.epochs):
@@ -172,40 +188,51 @@ def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptio
             trace = look(model, few.images, policy, chosen.looks, generator=generator)
             if chosen.phase == "third":
                 figure = plot_look(few.images[0], trace, model.grid, names=few.names, label=int(few.labels[0]))
-                run.events.add_figure("look", figure, epoch)
+                run.events(epoch).add_figure("look", figure, epoch)
             return {"test accuracy": (trace.predictions == few.labels[:, None]).float().mean(0).tolist()}
 
         return train_phase(model, data["train"], chosen, run, report)
 
-# %% ../nbs/09a_experiment.ipynb #d39fa268
+
+def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]]
+
+# %% ../nbs/09a_experiment.ipynb #a6342947
 def conclude(
     model: HardAttention, test: ImageSet, folder: Path, history: dict[str, list[dict]], options: TrainOptions
 ) -> dict[str, dict[str, list[float]]]:
-    """Test a trained model, write model.safetensors, metrics.json and the pictures into `folder`; the test's results."""
+    """Test a trained model; write model.safetensors, metrics.json and the pictures into `folder`; return the results."""
     imagines = "second" in history or "third" in history
     policies = {name: policy for name, policy in POLICIES.items() if imagines or name != "eig"}
     results = evaluate(model, test, policies, options.T, seeds=(options.seed,), batch=options.batchv)
     seconds = {phase: sum(record["seconds"] for record in records) for phase, records in history.items()}
     model.save(folder / "model.safetensors", dataset=options.dataset, phases=", ".join(history))
     write_json(
-        {"dataset": options.dataset, "seeds": [options.seed], "policies": results, "seconds": seconds,
-         "epochs": history, "versions": versions()},
+        {
+            "dataset": options.dataset,
+            "seeds": [options.seed],
+            "policies": results,
+            "seconds": seconds,
+            "epochs": history,
+            "device": str(model.device),
+            "versions": versions(),
+        },
         folder / "metrics.json",
     )
     save_figure(plot_curves(results), folder / "curves.png")
     save_figure(plot_history(history), folder / "history.png")
-    generator = torch.Generator().manual_seed(options.seed)
-    trace = look(model, test.images[:3], policies.get("eig", random), options.T, generator=generator)
-    for index, label in enumerate(test.labels[:3].tolist()):
+    generator, test = torch.Generator().manual_seed(options.seed), _some(test, 3, options.seed)
+    trace = look(model, test.images, policies.get("eig", random), options.T, generator=generator)
+    for index, label in enumerate(test.labels.tolist()):
         unit = "nats" if imagines else ""
         figure = plot_look(test.images[index], trace, model.grid, index=index, names=test.names, label=label, unit=unit)
         save_figure(figure, folder / f"look{index}.png")
     animate_look(test.images[0], trace, model.grid, folder / "look.gif", names=test.names, label=int(test.labels[0]))
     return results
 
-# %% ../nbs/09a_experiment.ipynb #c4510a1c
-def open_model(name: str | Path) -> tuple[HardAttention, dict[str, str]]:
-    """A trained model and what its file says about it.
+# %% ../nbs/09a_experiment.ipynb #171bde5f
+def open_model(name: str | Path) -> HardAttention:
+    """A trained model, in eval mode; `about` says what its file says about it.
 
     Args:
         name: a pretrained name, a .safetensors file, or a run folder.
@@ -220,6 +247,4 @@ def open_model(name: str | Path) -> tuple[HardAttention, dict[str, str]]:
             f"no model {str(name)!r}: give a pretrained name ({', '.join(pretrained())}), a .safetensors file, "
             "or a run folder"
         )
-    model = HardAttention.load(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        return model, {key: value for key, value in file.metadata().items() if key != "config"}
+    return HardAttention.load(path)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-# %% ../nbs/00a_files.ipynb #59ff5443
+# %% ../nbs/00a_files.ipynb #bb8c8737
 @contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a binary file that appears under its name only once it is complete and on the disk.
@@ -44,7 +44,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 os.unlink(temporary)
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
+            raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
         raise
 
 

@@ -92,7 +92,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "tinyimagenet": ModelConfig(**{**asdict(_LARGE), "classes": 200, "image": 64, "glimpse": 16, "stride": None}),
 }
 
-# %% ../nbs/05_model.ipynb #2c34695f
+# %% ../nbs/05_model.ipynb #05d7ae95
 class HardAttention(nn.Module):
     """Probabilistic hard attention: networks F, R, C, S and D.
 
@@ -101,6 +101,7 @@ class HardAttention(nn.Module):
 
     Attributes:
         glimpse: F. recurrence: R. classifier: C. vae: S and D.
+        about: what the model's file says about how it was made; empty for a new model.
 
     Reference: S. B. Rangrej, J. J. Clark, BMVC 2021, https://arxiv.org/abs/2111.07534.
     """
@@ -108,6 +109,7 @@ class HardAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.about: dict[str, str] = {}
         self.grid = config.grid
         self.glimpse = GlimpseNetwork(self.grid, config.channels, config.features)
         self.recurrence = Recurrence(config.features, config.hidden)
@@ -168,13 +170,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../nbs/05_model.ipynb #bdd6bad2
+# %% ../nbs/05_model.ipynb #847c303c
 def save_model(model: HardAttention, path: str | PathLike, **about: str) -> None:
     """Write a model to a safetensors file: its tensors, its configuration and what else is to be known `about` it."""
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    header = {"config": json.dumps(asdict(model.config)), "phattn": __version__, **about}
+    header = {"version": __version__, "config": asdict(model.config), **model.about, **about}
     with write_whole(path) as file:
-        file.write(safetensors.torch.save(tensors, header))
+        file.write(safetensors.torch.save(tensors, {"phattn": json.dumps(header)}))
+
 
 def load_model(path: str | PathLike) -> HardAttention:
     """Read a model from a safetensors file, in eval mode, on the CPU.
@@ -188,13 +191,16 @@ def load_model(path: str | PathLike) -> HardAttention:
         raise FileNotFoundError(f"no model file at {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = (file.metadata() or {}).get("phattn")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    model = HardAttention(_read_config(header.get("config"), path))
+    config, about = _read_header(header, path)
+    model = HardAttention(config)
     fit(model, tensors, path)
+    model.about = about
     return model.eval()
+
 
 def fit(model: HardAttention, tensors: dict[str, Tensor], source: str | PathLike) -> None:
     """Copy tensors into a model; a ValueError names `source` and what differs if they do not fit it exactly."""
@@ -210,14 +216,16 @@ def fit(model: HardAttention, tensors: dict[str, Tensor], source: str | PathLike
             )
     model.load_state_dict(tensors)
 
-def _read_config(text: str | None, path: Path) -> ModelConfig:
+
+def _read_header(text: str | None, path: Path) -> tuple[ModelConfig, dict[str, str]]:
     try:
-        given = json.loads(text or "")
+        about = json.loads(text or "")
+        given = about.pop("config")
         unknown = given.keys() - {field.name for field in fields(ModelConfig)}
         if unknown:
             raise ValueError(f"unknown sizes {sorted(unknown)}")
-        return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    except (ValueError, TypeError, AttributeError) as error:
+        return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}), about
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no configuration of a phattn model: {error}") from error
 
 # %% ../nbs/05_model.ipynb #a7fc09ed

@@ -104,13 +104,14 @@ def oracle(view: View) -> Tensor:
 
 POLICIES: dict[str, Policy] = {"random": random, "centre-out": centre_out, "eig": EIG(20), "oracle": oracle}
 
-# %% ../nbs/06_policy.ipynb #dc8c7120
+# %% ../nbs/06_policy.ipynb #ac8f3672
 @dataclass
 class Trace:
     """What happened while looking; T is the number of looks made.
 
     Attributes:
-        candidates: long, B×T: which candidate was looked at. locations: the same as (row, column) in pixels, B×T×2.
+        candidates: long, B×T: which candidate was looked at; where `taken` is False, would have been.
+        locations: the same as (row, column) in pixels, B×T×2.
         log_probs: B×T×classes: log p(y|h) after each look.
         scores: B×(T-1)×n×n: the policy's map after look t, from which look t+1 was chosen (EIG: nats).
         taken: bool, B×T: False from where an image had stopped; its log_probs then repeat.
@@ -183,14 +184,17 @@ def look(
     maps = torch.stack(maps, 1) if maps else log_probs.new_empty(len(images), 0, grid.n, grid.n)
     return Trace(place, grid.candidates(model.device)[place], log_probs, maps, taken)
 
-# %% ../nbs/06_policy.ipynb #32c1f495
+# %% ../nbs/06_policy.ipynb #ba225959
 def _check_images(images: Tensor, model: HardAttention) -> Tensor:
     images = images[None] if images.ndim == 3 else images
     side = model.grid.image
     if images.ndim != 4 or images.shape[1:] != (3, side, side):
         raise ValueError(f"images must be B×3×{side}×{side} for this model, got {tuple(images.shape)}")
-    images = images.to(model.device)
-    return images if images.is_floating_point() else normalise(images)
+    if images.is_floating_point():
+        if images.device.type == "cpu" and images.numel() and images.abs().max() > 10:
+            raise ValueError(f"float images must be in [-1, 1], got up to {images.abs().max():.0f}: give uint8 images")
+        return images.to(model.device, model.vae.log_variance.dtype)
+    return normalise(images.to(model.device))
 
 
 def _first(first: Tensor | None, batch: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -200,7 +204,7 @@ def _first(first: Tensor | None, batch: int, count: int, generator: torch.Genera
         raise ValueError(f"first must hold {batch} candidates from 0 to {count - 1}, got {first.tolist()}")
     return first
 
-# %% ../nbs/06_policy.ipynb #4db84c8a
+# %% ../nbs/06_policy.ipynb #36fd9da4
 def _looks(model, images, policy, looks, place, generator, stop_below):
     """Yield (candidates B, log-probabilities, taken B, scores for the next look or None) for each look."""
     candidates = model.grid.candidates(model.device)
@@ -229,4 +233,5 @@ def _scores(policy: Policy, view: View) -> Tensor:
     scores = policy(view)
     if scores.shape != view.seen.shape:
         raise ValueError(f"a policy must return scores {tuple(view.seen.shape)}, got {tuple(scores.shape)}")
-    return scores
+    lowest = torch.finfo(torch.float).min  # finite, so that no score ties with a place that is masked
+    return scores.float().nan_to_num(nan=lowest, neginf=lowest)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image as Picture
 
 from phattn.cli import main
+from phattn.model import CONFIGS, HardAttention
 
 COMMON = "--dataset='digits' --datapath='./data/' --lr=0.001 --batch=64 --batchv=64 --T=7 --epochs=1"
 RELEASE = [
@@ -69,6 +70,16 @@ def test_options_that_cannot_work_end_with_one_line(words, said, capsys, tmp_pat
     assert main(words.format(tmp_path).split()) == 2
     found = capsys.readouterr().err.strip()
     assert found.startswith("phattn: ") and said in found and "\n" not in found
+
+
+def test_models_that_do_not_imagine_or_do_not_say_what_they_know(tmp_path, capsys):
+    model = HardAttention(CONFIGS["digits"])
+    model.save(tmp_path / "first.safetensors", dataset="digits", phases="first")
+    model.save(tmp_path / "silent.safetensors")
+    assert main(["look", str(tmp_path / "none.png"), "--model", str(tmp_path / "first.safetensors")]) == 2
+    assert "has not learnt to imagine" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "silent.safetensors")]) == 2
+    assert "give --dataset" in capsys.readouterr().err
 
 
 def test_look_draws_any_image_file(tmp_path, capsys):

@@ -30,6 +30,8 @@ def test_a_run_leaves_what_it_should_and_resumes(tmp_path, monkeypatch):
     train(replace(options, logfolder=folder, resume=True), said.append)
     assert (folder / "model.safetensors").read_bytes() == weights
     assert train(replace(options, training_phase="first"), said.append) == Path("runs/digits-2")
+    with pytest.raises(FileExistsError, match="holds a run of all phases"):
+        train(replace(options, training_phase="first", logfolder=folder), said.append)
     with pytest.raises(FileExistsError, match="--resume"):
         train(replace(options, logfolder=folder), said.append)
 
@@ -41,6 +43,8 @@ def test_options_that_cannot_work_are_refused(tmp_path):
         "epochs must be at least 1, got 0": dict(epochs=0),
         "lr must be positive": dict(lr=-1.0),
         "looks must be at least 1": dict(T=0),
+        "batchv must be at least 1, got 0": dict(batchv=0),
+        "nothing to resume": dict(resume=True),
         "device 'tpu' can't be used": dict(device="tpu"),
     }
     for message, options in refused.items():

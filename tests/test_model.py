@@ -29,6 +29,10 @@ def test_saved_model_gives_the_same_numbers(tmp_path):
     h, generator = torch.randn(2, 128), torch.Generator()
     dreams = [m.vae.imagine(h, 3, generator.manual_seed(0)) for m in (model, again)]
     assert torch.equal(*dreams)
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    again.save(tmp_path / "again.safetensors", dataset="digits")
+    assert HardAttention.load(tmp_path / "again.safetensors").about["dataset"] == "digits"
 
 
 def test_bad_files_are_refused(tmp_path):
@@ -39,10 +43,10 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         HardAttention.load(path)
     model = HardAttention(CONFIGS["digits"])
-    model.save(path, config='{"clases": 10}')
+    model.save(path, config={"clases": 10})
     with pytest.raises(ValueError, match="unknown sizes"):
         HardAttention.load(path)
-    model.save(path, config='{"classes": 10}')
+    model.save(path, config={"classes": 10})
     with pytest.raises(ValueError, match="does not fit the model"):
         HardAttention.load(path)
     with pytest.raises(ValueError, match="no pretrained model 'imagenet'"):

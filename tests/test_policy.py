@@ -63,6 +63,13 @@ def test_look_goes_to_the_best_place_not_seen():
     assert len(set(trace.candidates[0].tolist())) == 4
 
 
+@pytest.mark.parametrize("score", [-torch.inf, torch.nan, torch.inf, 0])
+def test_no_score_leads_back_to_a_place_seen(score):
+    model = HardAttention(CONFIGS["digits"])
+    trace = look(model, torch.randn(3, 32, 32), lambda view: torch.full_like(view.seen, score, dtype=torch.float), 49)
+    assert len(set(trace.candidates[0].tolist())) == 49
+
+
 def test_looking_repeats_and_leaves_no_trace_in_the_model():
     torch.manual_seed(0)
     model, images = HardAttention(CONFIGS["digits"]).train(), torch.randn(4, 3, 32, 32)
@@ -94,3 +101,12 @@ def test_bad_looks_are_refused():
         look(model, image, lambda view: view.seen.sum(1))
     with pytest.raises(ValueError, match="samples must be at least 1"):
         EIG(0)
+
+
+def test_images_of_any_float_type_and_bytes_are_looked_at():
+    model, image = HardAttention(CONFIGS["digits"]), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    first, as_float = torch.tensor([3]), image / 127.5 - 1
+    traces = [look(model, given, centre_out, first=first) for given in (image, as_float, as_float.double())]
+    assert all(torch.allclose(trace.log_probs, traces[0].log_probs, atol=1e-5) for trace in traces)
+    with pytest.raises(ValueError, match="give uint8 images"):
+        look(model, image.float(), centre_out)

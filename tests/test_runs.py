@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phattn.model import CONFIGS, HardAttention
-from phattn.runs import Run, load_tensors, load_weights
+from phattn.runs import Run, load_tensors, load_weights, save_tensors
 
 
 def test_state_and_weights_come_back(tmp_path):
@@ -20,6 +20,19 @@ def test_state_and_weights_come_back(tmp_path):
         assert run.finished(other, 1) == [{"loss": 2.0}]
     load_weights(other, weights)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_broken_state_falls_back_to_the_one_before(tmp_path):
+    with Run(tmp_path, {}) as run:
+        for epoch in (1, 2, 3):
+            run.keep({"epoch": epoch})
+        (tmp_path / "state.pth").write_bytes((tmp_path / "state.pth").read_bytes()[:50])
+        assert run.state() == {"epoch": 2}
+        (tmp_path / "state.pth").unlink()
+        assert run.state() == {"epoch": 2}
+        (tmp_path / "state_before.pth").write_bytes(b"")
+        with pytest.raises(ValueError, match="state_before.pth is not a whole checkpoint"):
+            run.state()
 
 
 def test_a_folder_serves_one_run(tmp_path):
@@ -42,6 +55,11 @@ class Pickled:
 def test_bad_checkpoints_are_refused(tmp_path):
     torch.save({"a": Pickled()}, tmp_path / "pickled.pth")
     (tmp_path / "half.pth").write_bytes((tmp_path / "pickled.pth").read_bytes()[:100])
+    save_tensors(HardAttention(CONFIGS["digits"]).state_dict(), tmp_path / "whole.pth")
+    for length in (0, 1, 5000, 100_000, 900_000):
+        (tmp_path / "stump.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:length])
+        with pytest.raises(ValueError, match="stump.pth is not a whole checkpoint"):
+            load_tensors(tmp_path / "stump.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     model = HardAttention(CONFIGS["digits"])
     for name in ("pickled", "half"):
@@ -49,5 +67,5 @@ def test_bad_checkpoints_are_refused(tmp_path):
             load_tensors(tmp_path / f"{name}.pth")
     with pytest.raises(ValueError, match="numbers.pth does not hold the weights"):
         load_weights(model, tmp_path / "numbers.pth")
-    with pytest.raises(FileNotFoundError, match="beside it: half.pth, numbers.pth, pickled.pth"):
+    with pytest.raises(FileNotFoundError, match="beside it: half.pth, numbers.pth, pickled.pth, stump.pth, whole.pth"):
         load_tensors(tmp_path / "gone.pth")

@@ -10,7 +10,7 @@ import torch
 from phattn.data import digits, normalise
 from phattn.model import CONFIGS, HardAttention
 from phattn.runs import Run
-from phattn.training import Recipe, _imagine, prepare, recipe, third_loss, train_phase
+from phattn.training import LOSSES, Recipe, _choose, _imagine, prepare, recipe, third_loss, train_phase
 
 
 def _small(images=96):
@@ -18,15 +18,26 @@ def _small(images=96):
     return HardAttention(CONFIGS["digits"]), digits("train", seed=0, size=images)
 
 
+def test_choosing_leaves_no_trace():
+    model, data = _small(32)
+    h, images = torch.randn(32, 128), normalise(data.images)
+    places = model.grid.random_candidates(32, 2)
+    chosen = []
+    for mode in (True, False):
+        model.train(mode)
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        torch.manual_seed(1)
+        chosen.append(_choose(model, h, places, images))
+        assert model.training == mode and model.classifier.dropout.training == mode
+        assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert torch.equal(*chosen)
+
+
 def test_third_phase_moves_no_statistics():
     model, data = _small(32)
     prepare(model, "third")
     before = {name: value.clone() for name, value in model.named_buffers()}
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        losses.append(third_loss(model, normalise(data.images), data.labels, recipe("digits", "third"))[0])
-    assert torch.equal(*losses)
+    third_loss(model, normalise(data.images), data.labels, recipe("digits", "third"))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
@@ -46,7 +57,17 @@ def test_phases_move_their_networks(phase, moving):
     assert moved == moving
 
 
-def test_bound_of_all_steps_is_the_mean_of_the_steps():
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("phase", ["first", "second", "third"])
+def test_every_learning_parameter_has_a_gradient(phase, bf16):
+    model, data = _small(32)
+    learning = prepare(model, phase)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        LOSSES[phase](model, normalise(data.images), data.labels, recipe("digits", phase))[0].backward()
+    assert learning and all(parameter.grad is not None for parameter in learning)
+
+
+def test_bound_at_a_random_step_is_unbiased():
     model, data = _small(256)
     h, pixels = torch.randn(256, 3, 128), torch.randn(256, 3, 32)
     places = model.grid.random_candidates(256, 3)
