@@ -1,4 +1,4 @@
-"""The method as one would write it from the paper, for comparison: a loop over t, a call per step, `repeat` for looking ahead.
+"""The method as one would write it from the paper, a loop over t, a call a step, `repeat` to look ahead.
 
 It computes what `phattn` computes, with the same parameters: the modules are those of a `HardAttention`, except for the
 decoder, which keeps channels first and pads with `nn.functional.pad`. Nothing here is used by the package.

@@ -197,11 +197,11 @@ def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptio
 def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
     return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]]
 
-# %% ../nbs/09a_experiment.ipynb #a6342947
+# %% ../nbs/09a_experiment.ipynb #3e8ee76e
 def conclude(
     model: HardAttention, test: ImageSet, folder: Path, history: dict[str, list[dict]], options: TrainOptions
 ) -> dict[str, dict[str, list[float]]]:
-    """Test a trained model; write model.safetensors, metrics.json and the pictures into `folder`; return the results."""
+    """Test a trained model; write model.safetensors, metrics.json and the pictures into `folder`; give the results."""
     imagines = "second" in history or "third" in history
     policies = {name: policy for name, policy in POLICIES.items() if imagines or name != "eig"}
     results = evaluate(model, test, policies, options.T, seeds=(options.seed,), batch=options.batchv)

@@ -68,7 +68,7 @@ def test_every_learning_parameter_has_a_gradient(phase, bf16):
 
 
 def test_bound_at_a_random_step_is_unbiased():
-    model, data = _small(256)
+    model, _ = _small(256)
     h, pixels = torch.randn(256, 3, 128), torch.randn(256, 3, 32)
     places = model.grid.random_candidates(256, 3)
     with torch.no_grad():
