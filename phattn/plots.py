@@ -145,7 +145,7 @@ def _two_rows(looks: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     blocks = -(-looks // 10)
     columns = -(-looks // blocks)
     height = 2 * _SIDE + 3 * _LINE + 0.05
-    figure = _Picture((columns * (_SIDE + _GAP) + _GAP, blocks * height + (blocks - 1) * 0.12), dpi=_DPI)
+    figure = _Picture((columns * (_SIDE + _GAP) + _GAP, blocks * height + (blocks - 1) * 0.12), dpi=_DPI, layout="none")
     panels = []
     for k in range(looks):
         left, top = _GAP + k % columns * (_SIDE + _GAP), _LINE + k // columns * (height + 0.12)
@@ -261,7 +261,7 @@ def plot_maps(
     if titles and len(titles) != len(maps) + 1:
         raise ValueError(f"titles must be {len(maps) + 1}, the image's and one for each map, got {len(titles)}")
     titles = titles or [""] * (len(maps) + 1)
-    figure = _Picture(((len(maps) + 1) * (_SIDE + _GAP) + _GAP, _SIDE + 2 * _LINE + 0.08), dpi=_DPI)
+    figure = _Picture(((len(maps) + 1) * (_SIDE + _GAP) + _GAP, _SIDE + 2 * _LINE + 0.08), dpi=_DPI, layout="none")
     panels = [_panel(figure, _GAP + k * (_SIDE + _GAP), _LINE, _SIDE, _SIDE) for k in range(len(maps) + 1)]
     panels[0].imshow(picture, interpolation="nearest")
     for axes, title in zip(panels, titles):
@@ -386,7 +386,7 @@ def plot_history(history: Mapping[str, Sequence[Mapping]]) -> Figure:
     if not history or not all(len(records) and "loss" in records[0] for records in history.values()):
         raise ValueError(f"history must hold at least one record with a loss for each phase, got {list(history)}")
     width = 2.9 * len(history) + 0.3
-    figure = _Picture((width, 3.6), dpi=_DPI)
+    figure = _Picture((width, 3.6), dpi=_DPI, layout="none")
     place = dict(left=0.55 / width, right=1 - 0.95 / width, top=0.93, bottom=0.12, wspace=0.72, hspace=0.25)
     columns = figure.subplots(2, len(history), squeeze=False, gridspec_kw=place).T
     for (above, below), (phase, records) in zip(columns, history.items()):
@@ -469,7 +469,7 @@ def _likeliest(story: _Story, most: int = 10) -> np.ndarray:
 
 
 def _frame_image(story: _Story, t: int, shown: np.ndarray) -> Image.Image:
-    figure = _Picture((4.4, 2.55), dpi=100)
+    figure = _Picture((4.4, 2.55), dpi=100, layout="none")
     scene, bars = _panel(figure, 0.12, 0.3, 2.1, 2.1), _panel(figure, 2.95, 0.3, 1.3, 2.1)
     seen = story.seen(t)
     scene.imshow(np.where(seen[..., None], story.picture, _dimmed(story.picture)), interpolation="nearest")
