@@ -45,7 +45,7 @@ def test_notebook_runs(name: str, tmp_path: Path) -> None:
         if (sync.ROOT / folder).exists():
             shutil.copytree(sync.ROOT / folder, tmp_path / folder)
     environment = {key: value for key, value in os.environ.items() if key not in ("RETRAIN", "MPLBACKEND")}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # as in conftest.py: where the cores are shared, more can be far slower
+    environment.setdefault("OMP_NUM_THREADS", "1")  # as in conftest.py
     environment["PYTHONPATH"] = os.pathsep.join([str(sync.ROOT), environment.get("PYTHONPATH", "")])
     try:
         run = subprocess.run(

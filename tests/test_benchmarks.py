@@ -1,0 +1,34 @@
+"""The plain implementation that the benchmark compares with computes the same numbers as the package."""
+
+import sys
+
+import pytest
+import sync
+import torch
+
+from phattn.model import CONFIGS, HardAttention
+from phattn.policy import expected_information_gain
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.syspath_prepend(str(sync.ROOT / "benchmarks"))
+    yield __import__("plain")
+    sys.modules.pop("plain", None)
+
+
+@torch.no_grad()
+def test_plain_computes_the_same(plain):
+    torch.manual_seed(0)
+    model = HardAttention(CONFIGS["digits"]).eval()
+    theirs, h = plain.Plain(model), torch.randn(5, 128)
+    features, seen = torch.randn(5, 49, 32), torch.rand(5, 49) < 0.3
+
+    torch.manual_seed(1)
+    bound = theirs.bound(h, features.transpose(1, 2).reshape(5, 32, 7, 7), seen.float().view(5, 7, 7))
+    gain = theirs.gain(h, 7)
+    torch.manual_seed(1)
+    ours = model.vae.elbo(h, features, seen).loss.mean() / model.config.latent
+    assert torch.allclose(bound, ours, atol=1e-4)
+    belief = model.classifier(h).log_softmax(-1)
+    assert torch.allclose(gain, expected_information_gain(model, model.vae.imagine(h, 7), h, belief), atol=1e-5)
