@@ -6,7 +6,7 @@
 __all__ = ['Phase', 'Schedule', 'Loss', 'LOSSES', 'Recipe', 'recipe', 'first_loss', 'second_loss', 'third_loss', 'prepare',
            'train_phase', 'check']
 
-# %% ../nbs/07_training.ipynb #d8727aaa
+# %% ../nbs/07_training.ipynb #b7cde336
 import math
 import random
 import time
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import ImageSet
 from .model import HardAttention, evaluating
