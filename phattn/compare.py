@@ -149,7 +149,7 @@ def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Pat
     save_figure(plot_curves(curves, ceilings={"all glimpses": everything}), folder / "curves.png")
     return folder
 
-
+# %% ../nbs/09b_compare.ipynb #a196ee79
 def _mean_and_spread(runs: list[list[float]]) -> tuple[list[float], list[float]]:
     columns = [list(values) for values in zip(*runs)]
     return [mean(values) for values in columns], [_spread(values) for values in columns]

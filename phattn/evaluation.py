@@ -106,7 +106,7 @@ def evaluate(
         results[name] = {key: torch.tensor([run[key] for run in runs]).mean(0).tolist() for key in runs[0]}
     return results
 
-
+# %% ../nbs/08_evaluation.ipynb #e68b4e9b
 def see_everything(
     model: HardAttention, data: ImageSet, *, seeds: Sequence[int] = (0,), batch: int = 64
 ) -> dict[str, float]:

@@ -142,7 +142,7 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
         raise
     return folder
 
-
+# %% ../nbs/09a_experiment.ipynb #071dd73a
 def load_data(options: TrainOptions, split: str) -> ImageSet:
     """The training or the test images that options ask for; errors as `phattn.datasets.load`."""
     return load(options.dataset, split, datapath=options.datapath, download=options.download)

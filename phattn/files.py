@@ -47,7 +47,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
             raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
         raise
 
-
+# %% ../nbs/00a_files.ipynb #7090dfc1
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -66,7 +66,7 @@ class Grid:
         order = torch.rand(batch, self.count, generator=generator, device=_home(generator, device))
         return order.topk(count).indices.to(device)
 
-
+# %% ../nbs/01_glimpse.ipynb #252faaa5
 def _home(generator, device):
     # drawn where the generator lives, so that a seed gives the same places whatever the device
     return device if generator is None else generator.device

@@ -201,7 +201,7 @@ def load_model(path: str | PathLike) -> HardAttention:
     model.about = about
     return model.eval()
 
-
+# %% ../nbs/05_model.ipynb #53df79c1
 def fit(model: HardAttention, tensors: dict[str, Tensor], source: str | PathLike) -> None:
     """Copy tensors into a model; a ValueError names `source` and what differs if they do not fit it exactly."""
     wanted = model.state_dict()

@@ -296,7 +296,7 @@ def _start_flow(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
     ]
     model.vae.start(model.follow(model.pixels(images, locations), locations).flatten(0, 1))
 
-
+# %% ../nbs/07_training.ipynb #579920fb
 def _state(model, optimiser, schedule, history) -> dict[str, Any]:
     return {
         "model": model.state_dict(),
