@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Phase', 'Schedule', 'Loss', 'LOSSES', 'Recipe', 'recipe', 'first_loss', 'second_loss', 'third_loss', 'prepare',
-           'train_phase', 'check']
+           'learn', 'train_phase', 'check']
 
 # %% ../nbs/07_training.ipynb #b7cde336
 import math
@@ -183,14 +183,14 @@ def _seed(recipe: Recipe, epoch: int, use: str) -> int:
     return random.Random(f"{recipe.seed} {recipe.phase} {epoch} {use}").getrandbits(60)
 
 
-def _epoch(model, data, recipe, epoch, parameters, optimiser, schedule, bar) -> dict[str, Any]:
+def _epoch(model, loss_of, data, recipe, epoch, parameters, optimiser, schedule, bar) -> dict[str, Any]:
     started, total, steps = time.perf_counter(), {}, 0
     torch.manual_seed(_seed(recipe, epoch, "places, noise and dropout"))
     order = torch.Generator().manual_seed(_seed(recipe, epoch, "order and augmentation"))
     batches = data.batches(recipe.batch, generator=order, augment=recipe.augment, drop_last=True)
     for images, labels in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.bf16):
-            loss, log = LOSSES[recipe.phase](model, images, labels, recipe)
+            loss, log = loss_of(model, images, labels, recipe)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 10.0)
@@ -218,6 +218,47 @@ def _schedule(optimiser: torch.optim.Optimizer, recipe: Recipe, steps: int):
         optimiser, factor=0.5, patience=25, threshold=0.01, threshold_mode="abs"
     )
 
+# %% ../nbs/07_training.ipynb #ca71c563
+def learn(
+    model: nn.Module,
+    loss: Callable[..., Loss],
+    parameters: list[nn.Parameter],
+    data: ImageSet,
+    recipe: Recipe,
+    run: Run | None = None,
+    report: Callable[[int, nn.Module], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train by a recipe, in place: Adam, the gradient's norm clipped at 10.
+
+    Args:
+        model: what `loss` takes first; on the device of the data, in the mode to train in.
+        loss: (model, images B×3×H×W, labels B, recipe) -> a scalar, and tensors to log: scalars, or one number a look.
+        parameters: those that learn.
+        data, recipe, run, report: as for `train_phase`.
+
+    Returns:
+        A record for each epoch.
+    """
+    device, steps = data.images.device, len(data) // recipe.batch
+    optimiser = torch.optim.Adam(parameters, lr=recipe.lr, fused=device.type != "mps")
+    schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
+    history = _resume(run, model, optimiser, schedule)
+    bar = tqdm(
+        total=recipe.epochs * steps, initial=len(history) * steps, desc=recipe.phase, unit="step", mininterval=0.5
+    )
+    with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for epoch in range(len(history), recipe.epochs):
+            record = _epoch(model, loss, data, recipe, epoch, parameters, optimiser, schedule, bar)
+            record |= report(epoch + 1, model) if report else {}
+            history.append(record)
+            bar.set_postfix(_headline(record, epoch + 1, recipe))
+            if run:
+                run.log(epoch + 1, record)
+                run.keep(_state(model, optimiser, schedule, history))
+    if run:
+        run.finish(model, recipe.epochs, history)
+    return history
+
 # %% ../nbs/07_training.ipynb #e3c19cba
 def train_phase(
     model: HardAttention,
@@ -244,30 +285,13 @@ def train_phase(
     """
     check(model, data, recipe)
     parameters = prepare(model, recipe.phase)
-    steps = len(data) // recipe.batch
-    optimiser = torch.optim.Adam(parameters, lr=recipe.lr, fused=model.device.type != "mps")
-    schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
-    history = _resume(run, model, optimiser, schedule)
     if recipe.compile:
         for part in (model.glimpse.cnn, model.vae.flow, model.vae.decoder):
             part.compile()
-    bar = tqdm(
-        total=recipe.epochs * steps, initial=len(history) * steps, desc=recipe.phase, unit="step", mininterval=0.5
-    )
-    with bar, torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        if recipe.phase == "second":
+    if recipe.phase == "second":
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             _start_flow(model, data, recipe)
-        for epoch in range(len(history), recipe.epochs):
-            record = _epoch(model, data, recipe, epoch, parameters, optimiser, schedule, bar)
-            record |= report(epoch + 1, model) if report else {}
-            history.append(record)
-            bar.set_postfix(_headline(record, epoch + 1, recipe))
-            if run:
-                run.log(epoch + 1, record)
-                run.keep(_state(model, optimiser, schedule, history))
-    if run:
-        run.finish(model, recipe.epochs, history)
-    return history
+    return learn(model, LOSSES[recipe.phase], parameters, data, recipe, run, report)
 
 # %% ../nbs/07_training.ipynb #b49262fd
 def check(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
