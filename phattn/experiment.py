@@ -32,6 +32,7 @@ class TrainOptions:
         datapath: folder of the data sets; the digits need none.
         download: fetch a data set that is not in `datapath`, where its makers allow it.
         training_phase: all three in turn, or one; the second and third start from `pretrain_checkpoint`.
+        recipe: "paper" (made for a GPU), "hours" or "minutes"; minutes for the digits and your own images when not given.
         lr: learning rate; of the recipe when not given, like the next six.
         ccebal: weight of the cross-entropy in the third phase.
         batch: images per step.
@@ -39,6 +40,7 @@ class TrainOptions:
         schedule: of the learning rate: "plateau" (the paper's) or "one-cycle".
         elbo_steps: at how many of the T steps the bound is taken; 0 for all.
         augment: whether images are augmented; mirroring is part of it, so not for letters.
+        test_images: how many of the test images, drawn once and for all, to test on; all of them when not given.
         batchv: images at a time when testing.
         T: glimpses per image.
         logfolder: folder of the run; runs/DATASET, or the next free number after it, when not given.
@@ -54,6 +56,7 @@ class TrainOptions:
     datapath: Path = Path("data")
     download: bool = False
     training_phase: Literal["all", "first", "second", "third"] = "all"
+    recipe: Literal["paper", "hours", "minutes"] | None = None
     lr: float | None = None
     ccebal: float | None = None
     batch: int | None = None
@@ -61,6 +64,7 @@ class TrainOptions:
     schedule: Literal["plateau", "one-cycle"] | None = None
     elbo_steps: int | None = None
     augment: bool | None = None
+    test_images: int | None = None
     batchv: int = 64
     T: int = 7
     logfolder: Path | None = None
@@ -83,7 +87,7 @@ def recipes(options: TrainOptions) -> list[Recipe]:
         raise ValueError(f"batchv must be at least 1, got {options.batchv}")
     changes |= dict(looks=options.T, seed=options.seed, bf16=options.bf16, compile=options.compile)
     phases = get_args(Phase) if options.training_phase == "all" else [options.training_phase]
-    return [recipe(options.dataset, phase, **changes) for phase in phases]
+    return [recipe(options.dataset, phase, options.recipe, **changes) for phase in phases]
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -145,7 +149,12 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
 # %% ../nbs/09a_experiment.ipynb #071dd73a
 def load_data(options: TrainOptions, split: str) -> ImageSet:
     """The training or the test images that options ask for; errors as `phattn.datasets.load`."""
-    return load(options.dataset, split, datapath=options.datapath, download=options.download)
+    data = load(options.dataset, split, datapath=options.datapath, download=options.download)
+    if split == "train" or options.test_images is None:
+        return data
+    if not 1 <= options.test_images <= len(data):
+        raise ValueError(f"test_images must be from 1 to {len(data)}, got {options.test_images}")
+    return _some(data, options.test_images, seed=0)
 
 
 def model_config(dataset: str, data: ImageSet) -> ModelConfig:

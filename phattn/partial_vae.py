@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, pad
 
 from .flows import ConditionalFlow
 
@@ -54,21 +54,22 @@ class Decoder(nn.Module):
         if n < 2 or convolutions < 1:
             raise ValueError(f"n must be at least 2 and convolutions at least 1, got {n} and {convolutions}")
         width = width or features
-        kernels = [2 + n % 2] + [3] * ((n - 2 - n % 2) // 2)
-        sides = [1 + sum(kernels[: k + 1]) - (k + 1) for k in range(len(kernels))]
+        first = 2 + n % 2
+        sides = range(first, n + 1, 2)
         self.n = n
-        self.grow = nn.ModuleList(
-            nn.ConvTranspose2d(before, width, kernel)
-            for before, kernel in zip([latent, *[width] * len(kernels)], kernels)
-        )
+        self.start = nn.Linear(latent, first**2 * width)
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(width, width, 3) for _ in sides[1:])
         self.refine = nn.ModuleList(nn.Conv2d(width, width, 3) for _ in range(convolutions - 1))
         self.last = nn.Conv2d(width, features, 3)
-        self.norms = nn.ModuleList(nn.LayerNorm((side, side, width)) for side in sides + [n] * (convolutions - 1))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm((side, side, width)) for side in [*sides, *[n] * (convolutions - 1)]
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         """…×nz -> f̃, …×N×nf, candidates in row-major order."""
-        x = z.flatten(0, -2)[:, None, None]
-        for layer, norm in zip([*self.grow, *self.refine], self.norms):
+        first, *norms = self.norms
+        x = first(leaky_relu(self.start(z.flatten(0, -2))).unflatten(-1, first.normalized_shape))
+        for layer, norm in zip([*self.grow, *self.refine], norms):
             x = x if x.shape[1] < self.n else _repeat_border(x)
             x = norm(leaky_relu(_channels_last(layer, x)))
         return _channels_last(self.last, _repeat_border(x)).reshape(*z.shape[:-1], self.n**2, -1)
@@ -79,8 +80,7 @@ def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _repeat_border(x: Tensor) -> Tensor:
-    x = torch.cat([x[:, :1], x, x[:, -1:]], 1)
-    return torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+    return pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
 
 # %% ../nbs/04_partial_vae.ipynb #ed73ed31
 class Elbo(NamedTuple):
