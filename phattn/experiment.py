@@ -31,6 +31,8 @@ class TrainOptions:
         dataset: the images to learn from.
         datapath: folder of the data sets; the digits need none.
         download: fetch a data set that is not in `datapath`, where its makers allow it.
+        size: side in pixels to which the images of a folder are brought; that of the first one, 32 to 64, when not given.
+        glimpse: side of a glimpse in pixels, for images of your own; an even number near a quarter when not given.
         training_phase: all three in turn, or one; the second and third start from `pretrain_checkpoint`.
         recipe: "paper" (made for a GPU), "hours" or "minutes"; minutes for the digits and your own images when not given.
         lr: learning rate; of the recipe when not given, like the next six.
@@ -55,6 +57,8 @@ class TrainOptions:
     dataset: Literal[tuple(DATASETS)] = "digits"
     datapath: Path = Path("data")
     download: bool = False
+    size: int | None = None
+    glimpse: int | None = None
     training_phase: Literal["all", "first", "second", "third"] = "all"
     recipe: Literal["paper", "hours", "minutes"] | None = None
     lr: float | None = None
@@ -126,7 +130,7 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     data = {split: load_data(options, split).to(device) for split in ("train", "test")}
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        model = HardAttention(model_config(options.dataset, data["train"]))
+        model = HardAttention(model_config(options.dataset, data["train"], options.glimpse))
     if options.pretrain_checkpoint is not None:
         load_weights(model, options.pretrain_checkpoint)
     model.to(device)
@@ -149,7 +153,7 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
 # %% ../nbs/09a_experiment.ipynb #071dd73a
 def load_data(options: TrainOptions, split: str) -> ImageSet:
     """The training or the test images that options ask for; errors as `phattn.datasets.load`."""
-    data = load(options.dataset, split, datapath=options.datapath, download=options.download)
+    data = load(options.dataset, split, datapath=options.datapath, download=options.download, size=options.size)
     if split == "train" or options.test_images is None:
         return data
     if not 1 <= options.test_images <= len(data):
@@ -157,11 +161,23 @@ def load_data(options: TrainOptions, split: str) -> ImageSet:
     return _some(data, options.test_images, seed=0)
 
 
-def model_config(dataset: str, data: ImageSet) -> ModelConfig:
-    """The sizes of the model for a data set: the method's; for your own images those for 32×32, at their size."""
-    glimpse = min(32, 2 * round(data.size / 8))
-    config = CONFIGS.get(dataset) or ModelConfig(classes=data.classes, image=data.size, glimpse=glimpse)
-    return replace(config, names=data.names)
+def model_config(dataset: str, data: ImageSet, glimpse: int | None = None) -> ModelConfig:
+    """The sizes of the model for a data set: the method's; for your own images those for 32×32, at their size.
+
+    Args:
+        dataset: a key of `phattn.datasets.DATASETS`.
+        data: its images.
+        glimpse: side of a glimpse in pixels, where the data set leaves a choice; near a quarter of theirs when not given.
+
+    Raises:
+        ValueError: for a glimpse that does not fit the images, or of a data set whose glimpses the method sets.
+    """
+    if dataset in CONFIGS:
+        if glimpse not in (None, CONFIGS[dataset].glimpse):
+            raise ValueError(f"glimpse is {CONFIGS[dataset].glimpse} for {dataset}, got {glimpse}")
+        return replace(CONFIGS[dataset], names=data.names)
+    glimpse = glimpse or min(32, 2 * round(data.size / 8))
+    return ModelConfig(classes=data.classes, image=data.size, glimpse=glimpse, names=data.names)
 
 
 def _folder(options: TrainOptions) -> Path:

@@ -82,7 +82,7 @@ RECIPES: dict[str, dict[Phase, Recipe]] = {
     "hours": {
         "first": Recipe("first", epochs=30, lr=3e-3, batch=256, schedule="one-cycle"),
         "second": Recipe("second", epochs=5, lr=1e-3, batch=128, schedule="one-cycle", elbo_steps=1),
-        "third": Recipe("third", epochs=3, lr=5e-4, batch=128, schedule="one-cycle", elbo_steps=1, ccebal=16.0),
+        "third": Recipe("third", epochs=4, lr=5e-4, batch=128, schedule="one-cycle", elbo_steps=1, ccebal=16.0),
     },
     "minutes": {
         "first": Recipe("first", epochs=20, lr=3e-3, schedule="one-cycle"),
