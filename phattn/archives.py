@@ -309,7 +309,7 @@ def _write(stem: Path, mark: str, plan: Plan) -> None:
     with write_whole(rest) as file:
         np.savez(file, labels=plan.labels, names=np.array(plan.names), fingerprint=np.array(mark))
 
-# %% ../nbs/00b_archives.ipynb #3c85b305
+# %% ../nbs/00b_archives.ipynb #08ec4e49
 def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] = ()) -> dict[str, np.ndarray]:
     """Read arrays from an .npz file.
 
@@ -319,7 +319,7 @@ def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] 
         wanted: names of arrays to read if they are.
 
     Raises:
-        ValueError: the file is damaged, has pickled objects, lies about sizes, or lacks an array; the message has the path.
+        ValueError: the file is damaged, has pickled objects, lies about sizes, or lacks an array; the message has `path`.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'EvaluateOptions', 'LookOptions', 'InfoOptions', 'Termina
 
 # %% ../nbs/10_cli.ipynb #0aabab4f
 import json
+import math
 import signal
 import sys
 import threading
@@ -113,6 +114,8 @@ def _imagines(model: HardAttention) -> bool:
 
 
 def _look(options: LookOptions) -> None:
+    if options.stop_below is not None and math.isnan(options.stop_below):
+        raise ValueError("stop_below must be a number of nats, got nan")
     model = open_model(options.model)
     if not _imagines(model):
         raise ValueError(f"{options.model} has not learnt to imagine yet, so it can't choose: train the second phase")
@@ -195,14 +198,17 @@ def _parse(words: list[str]) -> object:
 
 
 def _one_line(box: str) -> str:
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    end = next((k for k, line in enumerate(lines) if line.startswith("─")), len(lines))
-    parts = [" ".join(lines[:end]).rstrip("."), *(line for line in lines[end:] if line.startswith("Available"))]
-    if "Perhaps you meant:" in lines:
-        parts.append(f"perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]}")
-    return "; ".join([*parts, "see phattn --help"]) if lines else " ".join(box.split())
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    rules = [k for k, line in enumerate(lines) if line.startswith("╭") or (line and not line.strip("-─╰╯"))]
+    if len(rules) < 2:
+        return " ".join(box.split())
+    body, rest = lines[rules[0] + 1 : rules[1]], lines[rules[1] :]  # the title is on the first rule, or above it
+    parts = [" ".join(body).rstrip("."), *(line for line in rest if line.startswith("Available"))]
+    if "Perhaps you meant:" in rest:
+        parts.append(f"perhaps you meant {rest[rest.index('Perhaps you meant:') + 1]}")
+    return "; ".join([*parts, "see phattn --help"])
 
-# %% ../nbs/10_cli.ipynb #a2126646
+# %% ../nbs/10_cli.ipynb #222d9a15
 class Terminated(KeyboardInterrupt):
     """SIGTERM, taken as Ctrl-C is."""
 
@@ -231,7 +237,8 @@ def main(words: list[str] | None = None) -> int:
             run = next(run for record, run in COMMANDS.values() if isinstance(options, record))
             run(options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f"phattn: {' '.join(str(error).split())}", file=sys.stderr)
+        ours = isinstance(error, OSError) and error.strerror and error.filename is None
+        print(f"phattn: {' '.join(str(error.strerror if ours else error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"phattn: out of memory; a smaller --batch or --batchv needs less ({error!s:.80})", file=sys.stderr)

@@ -83,7 +83,8 @@ def recipes(options: TrainOptions) -> list[Recipe]:
     changes = {name: value for name, value in given.items() if value is not None}
     if options.elbo_steps == 0:
         changes["elbo_steps"] = None
-    for name, low, high in [("batchv", 1, math.inf), ("T", 1, math.inf), ("seed", 0, 2**32 - 1), ("elbo_steps", 0, math.inf)]:
+    ranges = {"batchv": (1, math.inf), "T": (1, math.inf), "seed": (0, 2**32 - 1), "elbo_steps": (0, math.inf)}
+    for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             possible = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -137,6 +138,8 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
         _same_data(options)
         load_weights(model, options.pretrain_checkpoint)
     model.to(device)
+    if options.T > model.grid.count:
+        raise ValueError(f"T must be from 1 to {model.grid.count}, the number of candidates, got {options.T}")
     for chosen in phases:
         check(model, data["train"], chosen)
     folder = _folder(options)
@@ -153,7 +156,9 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     return folder
 
 
-def _all_phases(model, data: dict[str, ImageSet], phases: list[Recipe], options: TrainOptions, folder: Path, tell) -> None:
+def _all_phases(
+    model, data: dict[str, ImageSet], phases: list[Recipe], options: TrainOptions, folder: Path, tell
+) -> None:
     history = {}
     for chosen in phases:
         place = folder / chosen.phase if len(phases) > 1 else folder

@@ -231,7 +231,10 @@ def compare_shapes(wanted: dict[str, Tensor], found: dict[str, tuple[int, ...]],
     """A ValueError that names `source` and what differs if names and shapes are not those of the `wanted` tensors."""
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
-        raise ValueError(f"{source} does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
+        raise ValueError(
+            f"{source} does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; are the data set and the "
+            "sizes the same?"
+        )
     for name, value in wanted.items():
         if tuple(value.shape) != found[name]:
             raise ValueError(

@@ -238,10 +238,15 @@ class Run:
                     f"{self.folder} was begun by phattn {begun.get('phattn')}, this is {__version__}: go on with that "
                     "version, or choose another --logfolder"
                 )
+            before, options = _flat(before), _flat(options)
             changed = sorted(name for name in before.keys() | options if before.get(name) != options.get(name))
             if changed:
+                changed = ["dataset"] if "dataset" in changed else changed  # of which all else follows
                 was = ", ".join(f"{name} = {before.get(name)}, now {options.get(name)}" for name in changed)
-                raise ValueError(f"{self.folder} can't be resumed with other options: it had {was}")
+                raise ValueError(
+                    f"{self.folder} can't be resumed with other options: it had {was}; give it those, or another "
+                    "--logfolder"
+                )
         else:
             write_json({"options": options, "command": command(), "versions": versions()}, path)
 
@@ -274,13 +279,16 @@ class Run:
         Raises:
             OSError: if it can't be written, or the folder is no longer there; the states kept before stay as they are.
         """
-        if not (self.folder / "config.json").exists():
-            raise FileNotFoundError(f"{self.folder} has vanished while training: was it moved? Then resume it there")
+        self._there()
         path, fresh = self.folder / "state.pth", self.folder / "state_next.pth"
         save_tensors(state, fresh)  # whole, before either of the old ones is touched
         if path.exists():
             os.replace(path, self.folder / "state_before.pth")
         os.replace(fresh, path)
+
+    def _there(self) -> None:
+        if not (self.folder / "config.json").exists():
+            raise FileNotFoundError(f"{self.folder} has vanished while training: was it moved? Then resume it there")
 
     def log(self, epoch: int, record: dict[str, Any]) -> None:
         """Write an epoch's numbers to TensorBoard; a list holds a value for each look t = 1, 2, …"""
@@ -292,6 +300,7 @@ class Run:
 
     def finish(self, model: HardAttention, epochs: int, history: list[dict]) -> Path:
         """Write `weights_f_EPOCHS.pth` and `history.json`; returns the path of the weights."""
+        self._there()
         path = self.folder / f"weights_f_{epochs}.pth"
         write_json(history, self.folder / "history.json")
         save_tensors({name: value.cpu() for name, value in model.state_dict().items()}, path)
@@ -315,6 +324,12 @@ class Run:
 
             self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
         return self._writer
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    parts = {name: value for name, value in options.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+    return {name: value for name, value in options.items() if name not in parts} | inner
 
 
 def sweep(folder: Path) -> None:

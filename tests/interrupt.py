@@ -81,9 +81,9 @@ def peace(folder: Path, output: Path) -> dict[str, float]:
     return seconds
 
 
-def interrupt(folder: Path, output: Path, seconds: dict[str, float], rng: random.Random, record: Record) -> bool:
-    """One process, killed at a random moment of a random stage; returns whether it had got through before."""
-    target = rng.choice(STAGES[STAGES.index(met(folder)) :])
+def interrupt(folder: Path, output: Path, seconds: dict[str, float], left: list[str], rng, record: Record) -> str:
+    """One process, killed at a random moment of a stage out of `left`; returns which it was, or "" if it got through."""
+    target = rng.choice(left)
     number, wait = rng.choice(list(SIGNALS)), rng.uniform(0, seconds[target])
     process, resumed = start(folder, output), folder.is_dir()
     while process.poll() is None and STAGES.index(met(folder)) < STAGES.index(target):
@@ -95,18 +95,18 @@ def interrupt(folder: Path, output: Path, seconds: dict[str, float], rng: random
     except subprocess.TimeoutExpired:
         begun, place = spoken(output), met(folder)
         process.send_signal(number)
-        if (code := process.wait(60)) == 0:
-            return True
+        code, said = process.wait(60), output.read_text(errors="replace")
+        if code == 0 or "done: see" in said:  # too late: Python was on its way out
+            return ""
         record.kills[signal.Signals(number).name, place] += 1
-        said = output.read_text(errors="replace")
         if begun and code != SIGNALS[number]:
             record.wrong.append(f"{number!r} in {place}: exit status {code}\n{said}")
         if begun and number != signal.SIGKILL and ("--resume --logfolder" not in said or "Traceback" in said):
             record.wrong.append(f"{number!r} in {place}: not a clean end\n{said}")
-        return False
+        return place
     if process.returncode:
         record.wrong.append(f"resuming failed\n{output.read_text(errors='replace')}")
-    return True
+    return ""
 
 
 def leavings(folder: Path) -> dict[str, object]:
@@ -146,14 +146,12 @@ def harness(kills: int, seed: int, place: Path, tell=print) -> Record:
     whole = leavings(place / "peace")
     tell("in peace: " + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     while record.kills.total() < kills and not record.wrong:
-        folder = place / f"run{record.runs}"
-        through = False
-        while not through and not record.wrong:
-            if record.kills.total() < kills:
-                through = interrupt(folder, output, seconds, rng, record)
-            else:
-                peace(folder, output)
-                through = True
+        folder, left = place / f"run{record.runs}", list(STAGES)
+        while left and record.kills.total() < kills and not record.wrong:  # at most one kill in each stage
+            met_last = interrupt(folder, output, seconds, left, rng, record)
+            left = left[left.index(met_last) + 1 :] if met_last in left else left[1:] if met_last else []
+        if not record.wrong:
+            peace(folder, output)
         if not record.wrong:
             record.runs += 1
             record.wrong += [f"{folder.name}: {name} differs" for name in differ(whole, leavings(folder))]

@@ -101,14 +101,8 @@ def test_forged_checkpoints_are_refused(tmp_path):
     content = bytearray((tmp_path / "true.pth").read_bytes())
     content[content.index(torch.arange(1000.0).numpy().tobytes()) + 7] ^= 1
     (tmp_path / "bit.pth").write_bytes(content)
-    wrong = {
-        "claims": "",
-        "packed": "compressed",
-        "two": "2 pickles",
-        "strides": "larger than the file",
-        "other": "names",
-        "bit": "checksum",
-    }
+    wrong = {"claims": "", "packed": "compressed", "two": "2 pickles", "other": "names", "bit": "checksum"}
+    wrong["strides"] = "larger than the file"
     for name, said in wrong.items():
         with pytest.raises(ValueError, match=f"{name}.pth is not a whole checkpoint of tensors: .*{said}"):
             load_tensors(tmp_path / f"{name}.pth")

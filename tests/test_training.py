@@ -166,17 +166,14 @@ def _go_wrong(phase, steps, what):
             return loss * torch.nan, log | {"extra": loss.detach() * torch.nan}
         if len(calls) in steps:
             model.vae.encoder.layers[0].bias.register_hook(lambda gradient: gradient * torch.inf)
-            model.vae.decoder.last.bias.register_hook(lambda gradient: gradient)
         return loss, log
 
     return loss_of
 
 
 def test_a_bad_step_is_named_and_changes_nothing(tmp_path):
-    for what, named in [
-        ("part", "loss not finite: extra, loss;"),
-        ("gradient", "gradient not finite: vae.encoder.layers.0.bias;"),
-    ]:
+    cases = {"part": "loss not finite: extra, loss;", "gradient": "gradient not finite: vae.encoder.layers.0.bias;"}
+    for what, named in cases.items():
         model, data = _small()
         chosen = recipe("digits", "second", epochs=2, batch=32)
         learning = prepare(model, "second")
@@ -227,11 +224,10 @@ def test_skipped_steps_leave_no_trace_in_the_weights(phase):
 def test_skipping_has_an_end(tmp_path):
     for bad, epochs in [(range(1, 12), 4), (range(1, 4), 1)]:
         model, data = _small()
-        chosen = recipe("digits", "first", epochs=epochs, batch=8, on_nonfinite="skip")
+        chosen = recipe("digits", "first", epochs=epochs, batch=8, schedule="plateau", on_nonfinite="skip")
         data = data[: 8 * len(bad)] if epochs == 1 else data
-        with pytest.raises(
-            FloatingPointError, match="the 11th such step: loss" if epochs > 1 else "no step was finite"
-        ):
+        said = "the 11th such step: loss" if epochs > 1 else "no step was finite"
+        with pytest.raises(FloatingPointError, match=said):
             learn(model, _go_wrong("first", bad, "part"), prepare(model, "first"), data, chosen)
         assert all(value.isfinite().all() for value in model.state_dict().values())
 
