@@ -309,7 +309,7 @@ def _write(stem: Path, mark: str, plan: Plan) -> None:
     with write_whole(rest) as file:
         np.savez(file, labels=plan.labels, names=np.array(plan.names), fingerprint=np.array(mark))
 
-# %% ../nbs/00b_archives.ipynb #08ec4e49
+# %% ../nbs/00b_archives.ipynb #4f55d5ae
 def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] = ()) -> dict[str, np.ndarray]:
     """Read arrays from an .npz file.
 
@@ -319,7 +319,7 @@ def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] 
         wanted: names of arrays to read if they are.
 
     Raises:
-        ValueError: the file is damaged, has pickled objects, lies about sizes, or lacks an array; the message has `path`.
+        ValueError: the file is damaged, has pickled objects, lies about sizes or lacks an array; its path is named.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -331,13 +331,17 @@ def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] 
             for name in read:
                 _check_header(archive, members[name])
         with np.load(path, allow_pickle=False) as held:
-            return {name: held[name] for name in read}
+            arrays = {name: held[name] for name in read}
+        for array in arrays.values():
+            if array.dtype.kind == "U":
+                array.tolist()  # raises if it has characters that do not exist
+        return arrays
     except Exception as error:  # a broken zip, a pickled array, a size beyond the memory
         if str(error).startswith(f"{path}: "):
             raise
         raise ValueError(f"{path}: can't be read as an .npz of plain arrays ({error})") from error
 
-
+# %% ../nbs/00b_archives.ipynb #a4b1dc66
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     stored = member.compress_type == zipfile.ZIP_STORED
     most = min(member.compress_size * (1 if stored else 1032) + 64, 2**34)

@@ -180,7 +180,7 @@ def _split(word: str) -> list[str]:
     # "--name=value" as two words, as tyro finds the nearest option for a mistyped one only then
     return word.split("=", 1) if word.startswith("--") else [word]
 
-
+# %% ../nbs/10_cli.ipynb #2683dfd0
 def _parse(words: list[str]) -> object:
     said = StringIO()
     try:

@@ -6,7 +6,6 @@
 __all__ = ['COMPARED', 'CompareOptions', 'table', 'compare']
 
 # %% ../nbs/09b_compare.ipynb #6caf5360
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from .files import write_whole
 from .model import HardAttention
 from .plots import plot_curves, save_figure
 from .policy import EIG, Policy, centre_out, oracle, random
-from .runs import command, versions, write_json
+from .runs import command, read_json, versions, write_json
 
 # %% ../nbs/09b_compare.ipynb #6039d376
 COMPARED: dict[str, Policy] = {
@@ -56,6 +55,7 @@ _WHERE = (
     "download",
     "device",
     "batchv",
+    "on_nonfinite",
 )  # what leaves the mathematics alone
 
 
@@ -64,13 +64,13 @@ def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -
     kept = folder / "compared.json"
     training = {name: value for name, value in asdict(options.train).items() if name not in _WHERE}
     asked = {"seeds": list(options.seeds), "policies": list(COMPARED), "training": training}
-    if kept.exists() and (record := json.loads(kept.read_text()))["asked"] == asked:
+    if kept.exists() and (record := read_json(kept, "asked"))["asked"] == asked:
         tell(f"seed {seed}: tested already, in {kept}")
         return record
     train(replace(options.train, seed=seed, logfolder=folder, resume=folder.exists()), tell)
     device = choose_device(options.train.device)
     model, test = HardAttention.load(folder / "model.safetensors").to(device), load_data(options.train, "test")
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_json(folder / "metrics.json", "seconds", "epochs")
     tell(f"seed {seed}: testing {', '.join(COMPARED)}")
     how = dict(seeds=options.seeds, batch=options.train.batchv)
     record = {
@@ -81,7 +81,7 @@ def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -
         "policies": evaluate(model, test, COMPARED, options.train.T, **how),
         "all": see_everything(model, test, **how),
         "device": str(device),
-        "trained": json.loads((folder / "third" / "config.json").read_text())["versions"],
+        "trained": read_json(folder / "third" / "config.json", "versions")["versions"],
         "tested": versions(),
     }
     write_json(record, kept)

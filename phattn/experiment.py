@@ -155,7 +155,7 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
         held.release()
     return folder
 
-
+# %% ../nbs/09a_experiment.ipynb #7b0f7d59
 def _all_phases(
     model, data: dict[str, ImageSet], phases: list[Recipe], options: TrainOptions, folder: Path, tell
 ) -> None:
@@ -191,7 +191,7 @@ def _same_data(options: TrainOptions) -> None:
             "that data set (or, if you mean it, copy the file out of its run folder first)"
         )
 
-
+# %% ../nbs/09a_experiment.ipynb #99e33ad2
 def _folder(options: TrainOptions) -> Path:
     wanted = Path("runs") / options.dataset
     folder = options.logfolder or wanted

@@ -133,7 +133,7 @@ def _copied(value: Any, room: list[int]) -> Any:
         raise ValueError(f"its tensors are larger than the file, one of them is {tuple(value.shape)}")
     return value.clone()
 
-# %% ../nbs/06a_runs.ipynb #7dfee6ec
+# %% ../nbs/06a_runs.ipynb #aaebc15d
 def load_weights(model: HardAttention, path: str | os.PathLike) -> None:
     """Copy the weights of a `weights_f_E.pth` file into a model; errors as `load_tensors` and `phattn.model.fit`."""
     tensors = load_tensors(path)
@@ -159,7 +159,7 @@ def read_json(path: str | os.PathLike, *names: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not what phattn wrote: " + (f"no {missing[0]!r}" if missing else "no object"))
     return value
 
-
+# %% ../nbs/06a_runs.ipynb #9bfc7741
 def check_history(history: Any) -> list[dict[str, Any]]:
     """The records of a run's epochs, as they are, or a ValueError if they can't be that."""
 

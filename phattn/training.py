@@ -202,7 +202,7 @@ def _batches(data: ImageSet, recipe: Recipe, epoch: int) -> Iterator[tuple[Tenso
     order = torch.Generator().manual_seed(_seed(recipe, epoch, "order and augmentation"))
     return data.batches(recipe.batch, generator=order, augment=recipe.augment, drop_last=True)
 
-# %% ../nbs/07_training.ipynb #052f7c08
+# %% ../nbs/07_training.ipynb #10b4465d
 _SKIPS = 10  # in a phase
 _LOOK = {"cuda": 20}  # steps between two looks at what the device has found; elsewhere 1
 _CURE = "train anew with a smaller lr"
@@ -249,14 +249,7 @@ class _Guard:
                 self.skipped += 1
                 _blame(self, *step)
 
-    def end(self, epoch: int, steps: int) -> None:
-        """After an epoch of `steps` steps: refuse it if its last update broke a weight, or none was made."""
-        broken = [name for name, value in self.learning if not value.isfinite().all()]
-        if broken or not steps:
-            what = f"weight not finite: {', '.join(broken[:3])}" if broken else "no step was finite"
-            raise FloatingPointError(f"{self.recipe.phase} phase, end of epoch {epoch + 1}: {what}; {_CURE}")
-
-# %% ../nbs/07_training.ipynb #d6b39304
+# %% ../nbs/07_training.ipynb #95a57353
 def _blame(guard: _Guard, epoch: int, step: int, state: Tensor, log: dict[str, Tensor], norms: Tensor) -> None:
     weights = [name for name, value in guard.model.named_parameters() if not value.isfinite().all()]
     parts = [name for name, value in log.items() if not value.isfinite().all()]
@@ -271,8 +264,11 @@ def _blame(guard: _Guard, epoch: int, step: int, state: Tensor, log: dict[str, T
         record = {"images": images, "labels": labels, "model": guard.model.state_dict(), "random": state}
         record |= {"phase": guard.recipe.phase, "epoch": epoch + 1, "step": step, "seed": guard.recipe.seed}
         path = guard.run.folder / "nonfinite.pth"
-        save_tensors(record | {"kind": kind, "names": names}, path)
-        where = f"; the batch is in {path}, the last good state beside it"
+        try:
+            save_tensors(record | {"kind": kind, "names": names}, path)
+            where = f"; the batch is in {path}, the last good state beside it"
+        except OSError as error:
+            where = f"; {error.strerror}"
     if kind == "weight" or guard.recipe.on_nonfinite == "stop" or guard.skipped > _SKIPS:
         skip = f", or resume with --on-nonfinite=skip to leave out up to {_SKIPS} such steps"
         cure = _CURE + (skip if kind != "weight" and guard.recipe.on_nonfinite == "stop" else "")
@@ -281,6 +277,14 @@ def _blame(guard: _Guard, epoch: int, step: int, state: Tensor, log: dict[str, T
             f"{guard.recipe.phase} phase, epoch {epoch + 1}, step {step}{more}: {kind} not finite: "
             f"{', '.join(names[:3])}{where}; {cure}"
         )
+
+# %% ../nbs/07_training.ipynb #e86640d8
+def _end_epoch(guard: _Guard, epoch: int, steps: int) -> None:
+    """Refuse an epoch whose last update broke a weight, or that made none of its `steps`."""
+    broken = [name for name, value in guard.learning if not value.isfinite().all()]
+    if broken or not steps:
+        what = f"weight not finite: {', '.join(broken[:3])}" if broken else "no step was finite"
+        raise FloatingPointError(f"{guard.recipe.phase} phase, end of epoch {epoch + 1}: {what}; {_CURE}")
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -315,7 +319,7 @@ def _epoch(model, loss_of, data, recipe, epoch, optimiser, schedule, bar, guard)
         bar.update()
     guard.look()
     skipped = guard.skipped - skipped
-    guard.end(epoch, steps - skipped)
+    _end_epoch(guard, epoch, steps - skipped)
     record = {name: (value / (steps - skipped)).tolist() for name, value in total.items()}
     if recipe.schedule == "plateau":
         schedule.step(record["loss"])

@@ -148,6 +148,7 @@ def complain(call):
     return type(error.value).__name__, str(error.value)
 
 
+@pytest.mark.slow
 def test_every_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_folder(tmp_path)

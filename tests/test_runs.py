@@ -70,9 +70,8 @@ def test_bad_checkpoints_are_refused(tmp_path):
             load_tensors(tmp_path / f"{name}.pth")
     with pytest.raises(ValueError, match="numbers.pth does not hold the weights"):
         load_weights(model, tmp_path / "numbers.pth")
-    with pytest.raises(
-        FileNotFoundError, match="beside it: half.pth, numbers.pth, old.pth, pickled.pth, stump.pth, whole.pth"
-    ):
+    beside = "half.pth, numbers.pth, old.pth, pickled.pth, stump.pth, whole.pth"
+    with pytest.raises(FileNotFoundError, match=f"beside it: {beside}"):
         load_tensors(tmp_path / "gone.pth")
 
 
