@@ -221,7 +221,7 @@ def test_skipped_steps_leave_no_trace_in_the_weights(phase):
     assert all(math.isfinite(record["loss"]) for record in history)
 
 
-def test_skipping_has_an_end(tmp_path):
+def test_skipping_has_an_end():
     for bad, epochs in [(range(1, 12), 4), (range(1, 4), 1)]:
         model, data = _small()
         chosen = recipe("digits", "first", epochs=epochs, batch=8, schedule="plateau", on_nonfinite="skip")
@@ -241,7 +241,7 @@ def test_without_a_bad_step_skip_is_stop():
     assert all(torch.equal(value, whole[1][name]) for name, value in whole[0].items())
 
 
-def test_weights_that_are_not_finite_end_the_run_at_once(tmp_path):
+def test_weights_that_are_not_finite_end_the_run_at_once():
     for how in ("stop", "skip"):
         model, data = _small()
         with torch.no_grad():
@@ -253,8 +253,22 @@ def test_weights_that_are_not_finite_end_the_run_at_once(tmp_path):
         train_phase(model, data, recipe("digits", "first", epochs=1, batch=96, lr=3e38, schedule="plateau"))
 
 
+def test_looking_back_every_few_steps_gives_the_same(monkeypatch, tmp_path):
+    weights = []
+    for every in (1, 5):
+        monkeypatch.setattr("phattn.training._LOOK", {"cpu": every})
+        model, data = _small()
+        chosen = recipe("digits", "first", epochs=2, batch=8, on_nonfinite="skip")
+        with Run(tmp_path / str(every), {}) as run:
+            history = learn(model, _go_wrong("first", {5, 17}, "part"), prepare(model, "first"), data, chosen, run)
+        weights.append(model.state_dict())
+        batch = load_tensors(tmp_path / str(every) / "nonfinite.pth")
+        assert [record["skipped"] for record in history] == [1, 1] and (batch["epoch"], batch["step"]) == (2, 5)
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_bad_steps_are_found_without_waiting(tmp_path):
+def test_on_cuda_bad_steps_are_found_without_waiting():
     model, data = _small()
     chosen = recipe("digits", "first", epochs=2, batch=8, on_nonfinite="skip")
     learning = prepare(model.cuda(), "first")
