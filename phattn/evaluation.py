@@ -59,7 +59,17 @@ def measure(log_probs: Tensor, labels: Tensor) -> dict[str, list[float]]:
 
     Returns:
         A list of T numbers under "accuracy", "nll" and "ece".
+
+    Raises:
+        ValueError: if there is not one label for each image, or a label is none of the classes.
     """
+    if log_probs.ndim != 3 or labels.shape != log_probs.shape[:1] or not len(labels):
+        raise ValueError(
+            f"log_probs must be images×T×classes and labels one for each image, got {tuple(log_probs.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= log_probs.shape[-1]:
+        raise ValueError(f"labels must be from 0 to {log_probs.shape[-1] - 1}, got {labels.min()} to {labels.max()}")
     from torchmetrics.functional.classification import multiclass_calibration_error  # takes seconds to import
 
     labels = labels.to(log_probs.device)

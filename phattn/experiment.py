@@ -6,6 +6,7 @@
 __all__ = ['TrainOptions', 'recipes', 'choose_device', 'train', 'load_data', 'model_config', 'conclude', 'open_model']
 
 # %% ../nbs/09a_experiment.ipynb #e31c757c
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from .evaluation import evaluate, summary
 from .model import CONFIGS, HardAttention, ModelConfig, pretrained
 from .plots import animate_look, plot_curves, plot_history, plot_look, save_figure
 from .policy import EIG, POLICIES, look, random
-from .runs import Run, load_weights, versions, write_json
-from .training import Phase, Recipe, check, recipe, train_phase
+from .runs import Run, load_weights, lock, read_json, sweep, versions, write_json
+from .training import OnNonfinite, Phase, Recipe, check, recipe, train_phase
 
 # %% ../nbs/09a_experiment.ipynb #912deed7
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class TrainOptions:
         device: auto, cpu, cuda, cuda:1, mps …; auto takes the best there is.
         bf16: autocast to bfloat16.
         compile: compile F's convolutions, the flow and D with torch.compile.
+        on_nonfinite: what to do about a step whose loss or gradient is not finite: "stop" with an error, or "skip" its
+            update, up to 10 times in each phase.
     """
 
     dataset: Literal[tuple(DATASETS)] = "digits"
@@ -78,6 +81,7 @@ class TrainOptions:
     device: str = "auto"
     bf16: bool = False
     compile: bool = False
+    on_nonfinite: OnNonfinite = "stop"
 
 # %% ../nbs/09a_experiment.ipynb #f8af4f0c
 def recipes(options: TrainOptions) -> list[Recipe]:
@@ -87,9 +91,14 @@ def recipes(options: TrainOptions) -> list[Recipe]:
     changes = {name: value for name, value in given.items() if value is not None}
     if options.elbo_steps == 0:
         changes["elbo_steps"] = None
-    if options.batchv < 1:
-        raise ValueError(f"batchv must be at least 1, got {options.batchv}")
+    ranges = {"batchv": (1, math.inf), "T": (1, math.inf), "seed": (0, 2**32 - 1), "elbo_steps": (0, math.inf)}
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            possible = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{name} must be {possible}, got {value}")
     changes |= dict(looks=options.T, seed=options.seed, bf16=options.bf16, compile=options.compile)
+    changes["on_nonfinite"] = options.on_nonfinite
     phases = get_args(Phase) if options.training_phase == "all" else [options.training_phase]
     return [recipe(options.dataset, phase, options.recipe, **changes) for phase in phases]
 
@@ -101,10 +110,12 @@ def choose_device(name: str = "auto") -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+    if device.type == "meta":
+        raise ValueError("device 'meta' can't be used: it has no memory")
+    return torch.device("cpu") if device.type == "cpu" else device
 
 # %% ../nbs/09a_experiment.ipynb #0d7c19c1
 def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
@@ -132,23 +143,36 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
         torch.manual_seed(options.seed)
         model = HardAttention(model_config(options.dataset, data["train"], options.glimpse))
     if options.pretrain_checkpoint is not None:
+        _same_data(options)
         load_weights(model, options.pretrain_checkpoint)
     model.to(device)
+    if options.T > model.grid.count:
+        raise ValueError(f"T must be from 1 to {model.grid.count}, the number of candidates, got {options.T}")
     for chosen in phases:
         check(model, data["train"], chosen)
     folder = _folder(options)
-    tell(f"{options.dataset}: {len(data['train'])} training images on {device}, run folder {folder}")
-    history = {}
+    held = lock(folder, ".train.lock")
     try:
-        for chosen in phases:
-            place = folder / chosen.phase if len(phases) > 1 else folder
-            history[chosen.phase] = _phase(model, data, chosen, options, place)
-        tell(f"testing on {len(data['test'])} images")
-        tell(summary(conclude(model, data["test"], folder, history, options)))
+        sweep(folder)
+        tell(f"{options.dataset}: {len(data['train'])} training images on {device}, run folder {folder}")
+        _all_phases(model, data, phases, options, folder, tell)
     except KeyboardInterrupt:
         tell(f"stopped; go on with the same options and --resume --logfolder={folder}")
         raise
+    finally:
+        held.release()
     return folder
+
+# %% ../nbs/09a_experiment.ipynb #7b0f7d59
+def _all_phases(
+    model, data: dict[str, ImageSet], phases: list[Recipe], options: TrainOptions, folder: Path, tell
+) -> None:
+    history = {}
+    for chosen in phases:
+        place = folder / chosen.phase if len(phases) > 1 else folder
+        history[chosen.phase] = _phase(model, data, chosen, options, place)
+    tell(f"testing on {len(data['test'])} images")
+    tell(summary(conclude(model, data["test"], folder, history, options)))
 
 # %% ../nbs/09a_experiment.ipynb #071dd73a
 def load_data(options: TrainOptions, split: str) -> ImageSet:
@@ -176,15 +200,28 @@ def model_config(dataset: str, data: ImageSet, glimpse: int | None = None) -> Mo
         if glimpse not in (None, CONFIGS[dataset].glimpse):
             raise ValueError(f"glimpse is {CONFIGS[dataset].glimpse} for {dataset}, got {glimpse}")
         return replace(CONFIGS[dataset], names=data.names)
-    glimpse = glimpse or min(32, 2 * round(data.size / 8))
-    return ModelConfig(classes=data.classes, image=data.size, glimpse=glimpse, names=data.names)
+    glimpse = glimpse or min(32, max(4, 2 * round(data.size / 8)))
+    channels = ModelConfig.channels[: max(1, (glimpse - 2) // 2)]  # a small glimpse has room for fewer convolutions
+    return ModelConfig(data.classes, data.size, glimpse, channels=channels, names=data.names)
 
 
+def _same_data(options: TrainOptions) -> None:
+    """Refuse weights whose run folder says that they learnt from another data set."""
+    config = Path(options.pretrain_checkpoint).parent / "config.json"
+    held = read_json(config, "options")["options"] if config.is_file() else {}
+    other = held.get("dataset", options.dataset) if isinstance(held, dict) else options.dataset
+    if other != options.dataset:
+        raise ValueError(
+            f"{options.pretrain_checkpoint} was trained on {other}, and dataset is {options.dataset}: give weights of "
+            "that data set (or, if you mean it, copy the file out of its run folder first)"
+        )
+
+# %% ../nbs/09a_experiment.ipynb #99e33ad2
 def _folder(options: TrainOptions) -> Path:
     wanted = Path("runs") / options.dataset
     folder = options.logfolder or wanted
     if options.resume and not folder.is_dir():
-        raise FileNotFoundError(f"nothing to resume: there is no folder {folder}")
+        raise FileNotFoundError(f"nothing to resume: there is no folder {folder}; without --resume it is made")
     if options.logfolder is None and not options.resume:
         number = 1
         while folder.exists():
@@ -200,6 +237,7 @@ def _folder(options: TrainOptions) -> Path:
 def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptions, folder: Path) -> list[dict]:
     asked = asdict(chosen) | {"dataset": options.dataset, "model": asdict(model.config)}
     asked["pretrain_checkpoint"] = str(options.pretrain_checkpoint)
+    del asked["on_nonfinite"]  # may change when a run that met a bad step is resumed
     few, every = _some(data["test"], 250, options.seed), max(1, chosen.epochs // 10)
     policy = EIG(1) if chosen.phase == "third" else random
     with Run(folder, asked, options.resume) as run:
@@ -230,7 +268,7 @@ def conclude(
     imagines = "second" in history or "third" in history
     policies = {name: policy for name, policy in POLICIES.items() if imagines or name != "eig"}
     results = evaluate(model, test, policies, options.T, seeds=(options.seed,), batch=options.batchv)
-    seconds = {phase: sum(record["seconds"] for record in records) for phase, records in history.items()}
+    seconds = {phase: sum(record.get("seconds", 0) for record in records) for phase, records in history.items()}
     model.save(folder / "model.safetensors", dataset=options.dataset, phases=", ".join(history))
     write_json(
         {

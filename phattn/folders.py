@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .archives import Plan, decode_once, fingerprint, listing, plan_arrays, plan_files
+from .archives import Plan, decode_once, fingerprint, listing, load_arrays, plan_arrays, plan_files
 from .data import ImageSet, read_image
 
 # %% ../nbs/00c_folders.ipynb #6205eb33
@@ -98,14 +98,9 @@ def folder(split: str, datapath: Path, *, seed: int = 0, size: int | None = None
 # %% ../nbs/00c_folders.ipynb #8962f4ed
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
     """Images uint8 N×3×H×H, labels int64 N, and the class names if the file has them."""
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            images, labels = held["images"], held["labels"]
-            names = tuple(map(str, held["names"])) if "names" in held else None
-    except KeyError as error:
-        raise ValueError(f"{path}: must hold images and labels ({error.args[0]})") from error
-    except Exception as error:  # a broken zip, a pickled array, a size beyond the memory
-        raise ValueError(f"{path}: can't be read as an .npz of plain arrays ({error})") from error
+    held = load_arrays(path, ("images", "labels"), ("names",))
+    images, labels = held["images"], held["labels"]
+    names = tuple(map(str, held["names"].ravel())) if "names" in held else None
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
         raise ValueError(f"{path}: images have shape {images.shape}; must be N×H×W×3 or N×H×W (grey) with H = W")

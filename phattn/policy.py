@@ -191,8 +191,8 @@ def _check_images(images: Tensor, model: HardAttention) -> Tensor:
     if images.ndim != 4 or images.shape[1:] != (3, side, side):
         raise ValueError(f"images must be B×3×{side}×{side} for this model, got {tuple(images.shape)}")
     if images.is_floating_point():
-        if images.device.type == "cpu" and images.numel() and images.abs().max() > 10:
-            raise ValueError(f"float images must be in [-1, 1], got up to {images.abs().max():.0f}: give uint8 images")
+        if images.device.type == "cpu" and images.numel() and not (most := images.abs().max()) <= 10:
+            raise ValueError(f"float images must be in [-1, 1], got up to {most:.0f}: give uint8 images")
         return images.to(model.device, model.vae.log_variance.dtype)
     return normalise(images.to(model.device))
 

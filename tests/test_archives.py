@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -139,6 +140,34 @@ def test_a_forged_long_name_is_not_read(tmp_path):
     (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(ValueError, match=r"a\.tar: damaged.*1,099,511,627,776"):
         listing(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("kind", ["deflated", "bzip2"])
+def test_a_member_that_unpacks_to_more_than_it_says_is_refused(tmp_path, kind):
+    path = tmp_path / "a.zip"
+    compression = {"deflated": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2}[kind]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("1.png", bytes(2**26))
+    content = path.read_bytes().replace((2**26).to_bytes(4, "little"), (1000).to_bytes(4, "little"))
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.zip: "):
+        list(contents(path, ["1.png"]))
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_a_tar_of_zeros_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("phattn.archives._TOTAL", 2**22)
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(bytes(2**24))
+    with pytest.raises(ValueError, match="zeros without end"):
+        listing(tmp_path / "a.tar.gz")
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as archive:
+        for k in range(2**13 + 1):
+            archive.addfile(tarfile.TarInfo(str(k)))
+    with pytest.raises(ValueError, match=r"more than 4,194,304 bytes \(at member"):
+        listing(tmp_path / "b.tar.gz")
 
 
 def test_a_locked_zip_is_refused(tmp_path):

@@ -5,39 +5,61 @@ from dataclasses import replace
 
 import pytest
 
-from phattn.compare import CompareOptions, compare, table
+from phattn.compare import COMPARED, CompareOptions, compare, efforts, table
 from phattn.experiment import TrainOptions, load_data
-from phattn.policy import EIG, random
+
+
+def _record(*last, ceiling=0.9):
+    stopped = {"stopped looks": [1.0, 2.0], "stopped accuracy": [0.2, max(last)], "macs": 5_000_000, "ms": 1.5}
+    runs = [{"accuracy": [0.2, value]} | stopped for value in last]
+    return {"policies": {"EIG": runs}, "ceilings": {"all glimpses": [{"accuracy": ceiling}]}}
 
 
 def test_table_has_means_and_spreads():
-    runs = [{"policies": {"EIG": {"accuracy": [0.2, value]}}, "all": {"accuracy": 0.9}} for value in (0.5, 0.6)]
-    rows = table(runs).splitlines()
-    assert rows[2] == "| EIG | 20.0 ± 0.0 | 55.0 ± 7.1 |" and rows[3] == "| all glimpses | | 90.0 ± 0.0 |"
+    rows = table([_record(0.5), _record(0.6)]).splitlines()
+    assert rows[2] == "| EIG | 20.0 ± 0.0 | 55.0 ± 7.1 |" and rows[3] == "| *all glimpses* | | 90.0 ± 0.0 |"
+    assert table([_record(0.5, 0.6)]).splitlines()[2] == rows[2]  # one training seed: the spread of the first looks
+    assert table([_record(0.5, 0.7), _record(0.6, 0.6)]).splitlines()[2] == "| EIG | 20.0 ± 0.0 | 60.0 ± 0.0 |"
+
+
+def test_efforts_are_looks_and_products():
+    record = _record(0.6)
+    record["policies"] |= {"random": _record(0.4)["policies"]["EIG"], "centre-out": _record(0.7)["policies"]["EIG"]}
+    rows = efforts([record]).splitlines()
+    assert rows[0] == "| an image needs | looks for 40.0 % | looks for 70.0 % | million MACs | ms |"
+    assert rows[2] == "| EIG | 1.50 | not reached | 5.0 | 1.50 |"
 
 
 @pytest.mark.slow
 def test_comparison_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("phattn.compare.COMPARED", {"random": random, "EIG, P = 1": EIG(1)})
-    monkeypatch.setattr("phattn.compare.load_data", lambda options, split: load_data(options, split)[:60])
-    monkeypatch.setattr("phattn.experiment.load_data", lambda options, split: load_data(options, split)[:60])
-    options = CompareOptions(TrainOptions(epochs=1, T=2, batch=30), training_seeds=(0, 1), name="small")
+    for module in ("compare", "experiment"):
+        monkeypatch.setattr(f"phattn.{module}.load_data", lambda options, split: load_data(options, split)[:60])
+    options = CompareOptions(
+        TrainOptions(epochs=1, T=2, batch=30), (0, 1), policies=("random", "EIG, P = 1"), name="few"
+    )
     said = []
     folder = compare(options, said.append)
     before = (folder / "results.json").read_bytes()
-    assert {path.name for path in folder.iterdir()} == {"results.json", "table.md", "curves.png"}
+    assert {path.name for path in folder.iterdir()} > {"results.json", "table.md", "curves.png", "wrong0.png"}
     assert len(json.loads(before)["runs"]) == 2 and "± " in (folder / "table.md").read_text()
     said.clear()
     compare(options, said.append)
     assert len(said) == 2 and all("tested already" in line for line in said)
     assert (folder / "results.json").read_bytes() == before
+    said.clear()
+    compare(replace(options, policies=COMPARED), said.append)
+    assert len(said) == 2 * (len(COMPARED) - 2) and not any("EIG, P = 1" in line for line in said)
+    tables = (folder / "table.md").read_text()
+    assert all(tables.count(f"| {name} |") == 4 for name in COMPARED) and tables.count("*whole-image CNN*") == 3
     with pytest.raises(ValueError, match="lr = 0.003, now 0.1"):
         compare(replace(options, train=replace(options.train, lr=0.1)), said.append)
 
 
-def test_comparison_needs_seeds():
+def test_comparison_of_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="at least one seed"):
         compare(CompareOptions(training_seeds=()))
     with pytest.raises(ValueError, match="seed can't be set"):
         compare(CompareOptions(TrainOptions(seed=5)))
+    with pytest.raises(ValueError, match="policies must be some of random, .*, got luck"):
+        compare(CompareOptions(policies=("random", "luck")))

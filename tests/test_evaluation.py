@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from phattn.cost import multiply_accumulates
 from phattn.data import digits
-from phattn.evaluation import evaluate, measure, predict
+from phattn.evaluation import CONFIDENCES, cost, evaluate, looks_for, measure, predict, stop_early
 from phattn.model import CONFIGS, HardAttention
-from phattn.policy import POLICIES, random
+from phattn.policy import EIG, POLICIES, random
 
 
 def test_measures_of_a_known_case():
@@ -18,6 +19,27 @@ def test_measures_of_a_known_case():
     assert found["accuracy"] == [0.75]
     assert found["nll"][0] == pytest.approx(-(2 * math.log(0.7) + math.log(0.8) + math.log(0.3)) / 4, abs=1e-6)
     assert found["ece"][0] == pytest.approx(0.75 * abs(2 / 3 - 0.7) + 0.25 * 0.2, abs=1e-6)
+
+
+def test_images_stop_once_they_are_sure():
+    sure, unsure, wrong = [0.92, 0.08], [0.55, 0.45], [0.1, 0.9]
+    probs = torch.tensor([[sure, sure, wrong], [unsure, sure, sure], [unsure, unsure, wrong]])
+    found = stop_early(probs.log(), torch.tensor([0, 0, 1]))
+    at = {level: (looks, right) for level, looks, right in zip(CONFIDENCES, *found.values())}
+    assert at[0.0] == (1.0, pytest.approx(2 / 3)) and at[1.0] == (3.0, pytest.approx(2 / 3))
+    assert at[0.8] == (pytest.approx(2), 1.0) and at[0.3] == at[0.0]
+    assert looks_for(0.5, found) == 1.0 and looks_for(1.0, found) == pytest.approx(2)
+    assert looks_for(1.01, found) is None and 1 < looks_for(0.8, found) < 2
+
+
+def test_cost_counts_every_decoding():
+    torch.manual_seed(0)
+    model, data = HardAttention(CONFIGS["digits"]), digits("test", seed=0, size=4)
+    with torch.no_grad():
+        decoding = multiply_accumulates(lambda: model.vae.decoder(torch.zeros(1, 32)))
+    one, five = (cost(model, data.images, EIG(samples), 4, runs=1)["macs"] for samples in (1, 5))
+    assert five - one > 3 * 4 * decoding
+    assert one > cost(model, data.images, random, 4, runs=1)["macs"] + 3 * decoding
 
 
 def test_batches_do_not_change_the_numbers():

@@ -5,9 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from phattn.experiment import TrainOptions, open_model, train
+from phattn.data import ImageSet
+from phattn.experiment import TrainOptions, model_config, open_model, train
+from phattn.model import CONFIGS, HardAttention
 from phattn.policy import POLICIES
+from phattn.runs import save_tensors, write_json
 
 
 @pytest.mark.slow
@@ -42,7 +46,10 @@ def test_options_that_cannot_work_are_refused(tmp_path):
         "no checkpoint at": dict(training_phase="second", pretrain_checkpoint=tmp_path / "weights_f_3.pth"),
         "epochs must be at least 1, got 0": dict(epochs=0),
         "lr must be positive": dict(lr=-1.0),
-        "looks must be at least 1": dict(T=0),
+        "T must be at least 1, got 0": dict(T=0),
+        "seed must be from 0 to 4294967295, got -1": dict(seed=-1),
+        "elbo_steps must be at least 0, got -1": dict(elbo_steps=-1),
+        "device 'meta' can't be used": dict(device="meta"),
         "batchv must be at least 1, got 0": dict(batchv=0),
         "nothing to resume": dict(resume=True),
         "device 'tpu' can't be used": dict(device="tpu"),
@@ -53,3 +60,21 @@ def test_options_that_cannot_work_are_refused(tmp_path):
         assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="no model 'nobody': give a pretrained name"):
         open_model("nobody")
+
+
+@pytest.mark.parametrize("side", [8, 12, 16, 24, 28, 40, 64, 96])
+def test_images_of_any_size_have_a_model(side):
+    data = ImageSet(torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+    config = model_config("npz", data)
+    with torch.device("meta"):
+        HardAttention(config)
+    assert config.image == side and config.grid.n >= 3
+
+
+def test_weights_of_another_data_set_are_refused(tmp_path):
+    save_tensors(HardAttention(CONFIGS["digits"]).state_dict(), tmp_path / "weights_f_1.pth")
+    write_json({"options": {"dataset": "svhn"}}, tmp_path / "config.json")
+    options = TrainOptions(training_phase="second", pretrain_checkpoint=tmp_path / "weights_f_1.pth")
+    with pytest.raises(ValueError, match="was trained on svhn, and dataset is digits"):
+        train(replace(options, logfolder=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

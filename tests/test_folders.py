@@ -3,6 +3,8 @@
 import math
 import os
 import re
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,19 @@ WRONG = {
     "above the names": ({"names": np.array(["a", "b", "c"])}, "labels go from 0 to 3; must be within 0 to 2"),
     "pickled": ({"images": np.array([{}] * 12)}, "plain arrays.*allow_pickle"),
 }
+
+
+def test_npz_that_claims_more_than_it_has_is_refused(tmp_path):
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 28, 28, 3), }"
+    forged = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n" + bytes(100)
+    with zipfile.ZipFile(tmp_path / "train.npz", "w") as archive:
+        archive.writestr("images.npy", forged)
+        archive.writestr("labels.npy", forged)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"train\.npz: .*claims \(1000000000, 28, 28, 3\)"):
+        npz("train", tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("case", WRONG)
