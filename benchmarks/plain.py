@@ -1,13 +1,15 @@
 """The method as one would write it from the paper, a loop over t, a call a step, `repeat` to look ahead.
 
-It computes what `phattn` computes, with the same parameters: the modules are those of a `HardAttention`, except for the
-decoder, which keeps channels first and pads with `nn.functional.pad`. Nothing here is used by the package.
+It computes what `phattn` computes, with the same parameters. The decoder keeps channels first; the masked networks
+multiply their weights by masks at each call; the spline is written with searches and gathers along the bins, on the
+inputs inside its box only. Nothing here is used by the package.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, leaky_relu, pad
+from torch.nn.functional import cross_entropy, leaky_relu, linear, logsigmoid, pad, softplus
 
+from phattn.flows import ConditionalFlow, MaskedNetwork
 from phattn.model import HardAttention, evaluating
 from phattn.partial_vae import Decoder
 
@@ -17,7 +19,7 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, ours: Decoder):
         super().__init__()
-        self.n, self.grow, self.refine, self.last = ours.n, ours.grow, ours.refine, ours.last
+        self.n, self.start, self.grow, self.refine, self.last = ours.n, ours.start, ours.grow, ours.refine, ours.last
         self.norms = nn.ModuleList()
         for norm in ours.norms:
             height, width, channels = norm.normalized_shape
@@ -27,12 +29,61 @@ class PlainDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """B×nz -> B×nf×n×n."""
-        x = z[:, :, None, None]
+        channels, side, _ = self.norms[0].normalized_shape
+        x = self.start(z).view(-1, side, side, channels).permute(0, 3, 1, 2)
+        x = self.norms[0](leaky_relu(x))
         for k, layer in enumerate([*self.grow, *self.refine]):
             if k >= len(self.grow):
                 x = pad(x, (1, 1, 1, 1), mode="replicate")
-            x = self.norms[k](leaky_relu(layer(x)))
+            x = self.norms[k + 1](leaky_relu(layer(x)))
         return self.last(pad(x, (1, 1, 1, 1), mode="replicate"))
+
+
+def made(network: MaskedNetwork, x: Tensor, a: Tensor) -> Tensor:
+    """Parameters of the splines from earlier dimensions and the context: x B×D, a B×C -> B×D×outputs."""
+    for block in (network.first, network.second):
+        a, bias = block.context(a).split(block.sizes, -1)
+        x = leaky_relu(linear(x, block.masked.weight * block.masked.mask) + bias, 0.2)
+        a = block.norm(leaky_relu(a, 0.2))
+    mask = network.last.mask.repeat(network.outputs, 1)
+    y = linear(x, network.last.weight * mask) + network.last_context(a)
+    return y.view(len(x), network.outputs, -1).transpose(1, 2)
+
+
+def spline(x: Tensor, raw: Tensor, bound: float, least: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """A rational-quadratic spline with linear tails: x B×D, raw B×D×(3K-1) -> y and the log of the slope, B×D."""
+    y, log_slope = x.clone(), torch.zeros_like(x)
+    inside = (x >= -bound) & (x <= bound)
+    x, raw = x[inside], raw[inside]
+    bins = (raw.shape[-1] + 1) // 3
+    widths, heights, slopes = raw.split([bins, bins, bins - 1], -1)
+    widths, heights = (2 * bound * (least + (1 - bins * least) * part.softmax(-1)) for part in (widths, heights))
+    shift = torch.log(torch.expm1(torch.tensor(1 - least)))
+    slopes = pad(least + softplus(slopes + shift), (1, 1), value=1.0)
+    lefts, bottoms = (pad(part.cumsum(-1), (1, 0)) - bound for part in (widths, heights))
+    k = torch.searchsorted(lefts[..., 1:-1].contiguous(), x[..., None])
+    left, width, bottom, height = (part.gather(-1, k)[..., 0] for part in (lefts, widths, bottoms, heights))
+    low, high = slopes.gather(-1, k)[..., 0], slopes.gather(-1, k + 1)[..., 0]
+    steep, share = height / width, (x - left) / width
+    rest = share * (1 - share)
+    below = steep + (low + high - 2 * steep) * rest
+    y[inside] = bottom + height * (steep * share**2 + low * rest) / below
+    top = steep**2 * (high * share**2 + 2 * steep * rest + low * (1 - share) ** 2)
+    log_slope[inside] = top.log() - 2 * below.log()
+    return y, log_slope
+
+
+def flow(ours: ConditionalFlow, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The flow, layer by layer: x B×D, a B×C -> z and its log-determinant."""
+    log_det = torch.zeros(len(x))
+    for norm, layer in zip(ours.norms, ours.splines):
+        scale, shift = norm.scale(a), norm.shift(a)
+        x = x * norm.coeff.exp() * scale.sigmoid() + shift
+        log_det = log_det + (norm.coeff + logsigmoid(scale)).sum(-1)
+        x = x.flip(-1)
+        x, log_slope = spline(x, made(layer.network, x, a), layer.bound)
+        log_det = log_det + log_slope.sum(-1)
+    return x, log_det
 
 
 class Plain:
@@ -54,8 +105,11 @@ class Plain:
 
     def sample(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """One latent for each state, and log q."""
-        z, log_q = self.model.vae.sample(h)
-        return z[0], log_q[0]
+        a, mean, log_variance = self.model.vae.encoder(h)
+        noise = torch.randn_like(mean)
+        z, log_det = flow(self.model.vae.flow, mean + noise * (0.5 * log_variance).exp(), a)
+        log_noise = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1)
+        return z, log_noise - 0.5 * log_variance.sum(-1) - log_det
 
     def bound(self, h: Tensor, target: Tensor, seen: Tensor) -> Tensor:
         """L_V / nz of one step; target B×nf×n×n, seen B×n×n."""
