@@ -66,7 +66,7 @@ def _fixed_order(bench: Bench) -> tuple[HardAttention, Policy]:
 def _amortised(bench: Bench) -> tuple[HardAttention, Policy]:
     kept, sizes = bench.folder / "amortised.pth", (bench.model.config.hidden, bench.model.grid.count)
     if not kept.exists():
-        how = dict(policy=EIG(10), generator=bench.generator(), batch=bench.options.batchv)
+        how = dict(samples=10, generator=bench.generator(), batch=bench.options.batchv)
         notes = remember(bench.model, bench.some(2000), bench.options.T, **how)
         save_tensors(distil(*notes, seed=bench.options.seed).state_dict(), kept)
     student = AmortisedEIG(*sizes)

@@ -6,7 +6,6 @@
 __all__ = ['FixedOrder', 'best_fixed_order', 'Uncertainty', 'remember', 'AmortisedEIG', 'distil']
 
 # %% ../nbs/07a_rivals.ipynb #bc2ea3fc
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.functional import leaky_relu
 
 from .data import ImageSet
 from .model import HardAttention, evaluating
-from .policy import EIG, Policy, View, look
+from .policy import EIG, View, look
 
 # %% ../nbs/07a_rivals.ipynb #8e3c8977
 @dataclass(frozen=True)
@@ -114,27 +113,27 @@ def remember(
     data: ImageSet,
     looks: int = 7,
     *,
-    policy: Policy = EIG(20),
+    samples: int = 20,
     generator: torch.Generator | None = None,
     batch: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The states that a model goes through while it looks, and the maps that it looks by.
+    """The states that a model goes through while it looks where EIG is largest, and the maps that it looks by.
 
     Args:
         model, looks, generator: as for `phattn.policy.look`.
         data: training images.
-        policy: whose maps.
+        samples: P of the maps.
         batch: images at a time.
 
     Returns:
-        States M×nh, maps M×N (EIG: nats) and the places seen (bool, M×N), with M = len(data)·(looks - 1), on the CPU.
+        States M×nh, maps M×N (nats) and the places seen (bool, M×N), with M = len(data)·(looks - 1), on the CPU.
 
     Raises:
         ValueError: if there is no second look to choose.
     """
     if looks < 2:
         raise ValueError(f"looks must be at least 2, got {looks}")
-    notes = []
+    policy, notes = EIG(samples), []
 
     def note(view: View) -> Tensor:
         scores = policy(view)

@@ -5,7 +5,7 @@ import torch
 
 from phattn.data import digits
 from phattn.model import CONFIGS, HardAttention
-from phattn.policy import EIG, look
+from phattn.policy import look
 from phattn.rivals import FixedOrder, Uncertainty, best_fixed_order, distil, remember
 
 
@@ -43,10 +43,8 @@ def test_uncertainty_is_where_imaginations_differ(monkeypatch):
     dreams[:, 0, 17] += torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     dreams[:, 1, 30] += torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(model.vae, "imagine", lambda *_: dreams)
-    assert look(model, data.images, Uncertainty(20), 2, first=torch.tensor([0, 0])).candidates[:, 1].tolist() == [
-        17,
-        30,
-    ]
+    places = look(model, data.images, Uncertainty(20), 2, first=torch.tensor([0, 0])).candidates
+    assert places[:, 1].tolist() == [17, 30]
     with pytest.raises(ValueError, match="at least 2"):
         Uncertainty(1)
 
@@ -67,7 +65,7 @@ def test_student_learns_a_function_of_the_state():
 
 def test_remember_keeps_every_choice():
     model, data = _untrained(5)
-    h, maps, seen = remember(model, data, 4, policy=EIG(1), batch=2)
+    h, maps, seen = remember(model, data, 4, samples=1, batch=2)
     assert h.shape == (15, 128) and maps.shape == seen.shape == (15, 49)
     assert sorted(seen.sum(1).tolist()) == [1] * 5 + [2] * 5 + [3] * 5
     with pytest.raises(ValueError, match="at least 2"):
