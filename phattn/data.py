@@ -6,6 +6,7 @@
 __all__ = ['normalise', 'denormalise', 'ImageSet', 'digits', 'read_image', 'augment']
 
 # %% ../nbs/00_data.ipynb #3f135c26
+import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -314,7 +315,8 @@ def _open(path: Path | BinaryIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            content = io.BytesIO(path.read_bytes()) if isinstance(path, Path) else path  # a chunk's length may lie
+            with Image.open(content) as file:
                 return _to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's decoders raise many kinds on a broken file
         raise ValueError(f"path: {name} can't be read as an image ({error})") from error

@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -213,7 +214,7 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike, options: dict[str, Any], resume: bool = False):
-        self.folder, self._writer = Path(folder), None
+        self.folder, self._writer, self._hook = Path(folder), None, threading.excepthook
         self._lock = lock(folder)
         try:
             sweep(self.folder)
@@ -257,7 +258,11 @@ class Run:
         try:
             if self._writer:
                 self._writer.close()
+        except OSError:
+            if not error[0]:  # else the same trouble has been told already
+                raise
         finally:
+            threading.excepthook = self._hook
             self._lock.release()
 
     def state(self) -> dict[str, Any] | None:
@@ -292,6 +297,7 @@ class Run:
 
     def log(self, epoch: int, record: dict[str, Any]) -> None:
         """Write an epoch's numbers to TensorBoard; a list holds a value for each look t = 1, 2, …"""
+        self._there()
         for name, value in record.items():
             for t, number in enumerate(value if isinstance(value, list) else [value], start=1):
                 tag = f"{name}/t={t}" if isinstance(value, list) else f"epoch/{name}"
@@ -323,7 +329,12 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter  # a heavy import, only when a run writes
 
             self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
+            threading.excepthook = self._quiet  # its thread's OSError comes up again here, at the next write
         return self._writer
+
+    def _quiet(self, failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def interrupt(folder: Path, output: Path, seconds: dict[str, float], left: list[
     except subprocess.TimeoutExpired:
         begun, place = spoken(output), met(folder)
         process.send_signal(number)
-        code, said = process.wait(60), output.read_text(errors="replace")
+        code, said = process.wait(300), output.read_text(errors="replace")
         if code == 0 or "done: see" in said:  # too late: Python was on its way out
             return ""
         record.kills[signal.Signals(number).name, place] += 1

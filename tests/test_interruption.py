@@ -88,7 +88,7 @@ def test_a_folder_that_became_read_only_is_named(disk: Path) -> None:
 
 
 def wait_for(there: Path, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400  # importing TensorBoard alone takes minutes on a machine that is busy
     while not there.exists():
         assert process.poll() is None and time.monotonic() < until, f"{there} did not appear"
         time.sleep(0.02)
@@ -126,11 +126,11 @@ def test_one_folder_serves_one_process_and_may_not_vanish(tmp_path: Path) -> Non
     process = interrupt.start(folder, output)
     wait_for(folder / "first" / "state.pth", process)
     process.send_signal(signal.SIGSTOP)
-    assert interrupt.start(folder, other).wait(120) == 2
+    assert interrupt.start(folder, other).wait(400) == 2
     assert "another process is writing to" in one_line(other)
     folder.rename(tmp_path / "moved")
     process.send_signal(signal.SIGCONT)
-    assert process.wait(120) == 2
+    assert process.wait(400) == 2
     assert "has vanished while training" in one_line(output) or "No such file" in one_line(output)
     assert not folder.exists()
     assert all(load_tensors(state)["history"] for state in (tmp_path / "moved").rglob("state*.pth"))
