@@ -35,7 +35,8 @@ class TrainOptions:
         size: side in pixels to which the images of a folder are brought; that of the first one, 32 to 64, when not given.
         glimpse: side of a glimpse in pixels, for images of your own; an even number near a quarter when not given.
         training_phase: all three in turn, or one; the second and third start from `pretrain_checkpoint`.
-        recipe: "paper" (made for a GPU), "hours" or "minutes"; minutes for the digits and your own images when not given.
+        recipe: "paper" (made for a GPU), "hours", "minutes" or "digits"; when not given, "digits" for the digits,
+            "minutes" for your own images, "paper" for all else.
         lr: learning rate; of the recipe when not given, like the next six.
         ccebal: weight of the cross-entropy in the third phase.
         batch: images per step.
@@ -63,7 +64,7 @@ class TrainOptions:
     size: int | None = None
     glimpse: int | None = None
     training_phase: Literal["all", "first", "second", "third"] = "all"
-    recipe: Literal["paper", "hours", "minutes"] | None = None
+    recipe: Literal["paper", "hours", "minutes", "digits"] | None = None
     lr: float | None = None
     ccebal: float | None = None
     batch: int | None = None
