@@ -103,17 +103,15 @@ def test_every_learning_parameter_has_a_gradient(phase, bf16):
     assert learning and all(parameter.grad is not None for parameter in learning)
 
 
-@pytest.mark.parametrize(
-    "phase, still", [("first", {"vae"}), ("second", {"vae", "glimpse", "recurrence", "classifier"})]
-)
-def test_training_moves_what_the_phase_says(phase, still):
+@pytest.mark.parametrize("phase, moving", [("first", {"glimpse", "recurrence", "classifier"}), ("second", set())])
+def test_training_moves_what_the_phase_says(phase, moving):
     torch.manual_seed(0)
     model, data = HardAttention(CONFIGS["digits"]), digits("train", seed=0, size=64)
     ram = RAM(model)
     train_ram(ram, data, recipe("digits", phase, epochs=1, batch=32))
     after = ram.model.state_dict()
     moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, after[name])}
-    assert moved == {"glimpse", "recurrence", "classifier", "vae"} - still
+    assert moved == moving
     assert ram.where.weight.std() > 0.01 and ram.worth.bias != 0
 
 
@@ -136,6 +134,7 @@ def test_looks_at_the_candidate_nearest_to_the_mean(row, column):
     assert steps.tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_learns_to_look_where_the_reward_is():
     ram = _wishing(3, 3)
     scene = torch.full((256, 3, 32, 32), -1.0)
@@ -143,7 +142,6 @@ def test_learns_to_look_where_the_reward_is():
     scene[:, :, 4:12, 20:28] = labels[:, None, None, None] * 2 - 1.0  # the answer is in row 1, column 5, and only there
     data = ImageSet((scene * 127.5 + 127.5).byte(), labels, CONFIGS["digits"].names)
     train_ram(ram, data, recipe("digits", "first", epochs=30, looks=3, lr=3e-3))
-    row, column = to_pixels(ram.grid, ram.locate(ram.model.recurrence.start(1)))[0].tolist()
     trace = look(ram.model, data.images, ram, 3, generator=torch.Generator().manual_seed(0))
     assert (trace.predictions[:, -1] == labels).float().mean() > 0.95
     seen = (trace.locations[:, 1:] - torch.tensor([4, 20])).abs().amax(-1).min(-1).values

@@ -13,7 +13,8 @@ from phattn.runs import Run
 from phattn.training import recipe
 from phattn.whole_image import WholeImage, _cost, matching_width, predict_whole, train_whole_image, whole_image_loss
 
-SIZES = list(CONFIGS.values()) + [
+SIZES = [
+    *CONFIGS.values(),
     ModelConfig(image=28, glimpse=8),
     ModelConfig(image=96, glimpse=24),
     ModelConfig(image=224, glimpse=32),
@@ -75,6 +76,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert len(history) == 3 and len(history[0]["accuracy"]) == 1
 
 
+@pytest.mark.slow
 def test_learns_digits():
     torch.manual_seed(0)
     model, test = WholeImage(CONFIGS["digits"]), digits("test", seed=0, size=500)
