@@ -17,6 +17,7 @@ import re
 import stat
 import struct
 import tarfile
+import time
 import warnings
 import zipfile
 import zlib
@@ -299,6 +300,9 @@ def fingerprint(*sources: Path | str | int | None) -> str:
 def _write(stem: Path, mark: str, plan: Plan) -> None:
     rest = Path(f"{stem}.npz")
     rest.unlink(missing_ok=True)
+    for left in stem.parent.glob(f".{stem.name}.np[yz].*"):
+        if time.time() - left.stat().st_mtime > 3600:  # left by a killed process; a living one would still write
+            left.unlink(missing_ok=True)
     shape = (len(plan.labels), 3, plan.size, plan.size)
     with write_whole(f"{stem}.npy") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -323,7 +327,8 @@ def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] 
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            found = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            members = {member.filename.removesuffix(".npy"): member for member in found}
             for name in needed:
                 if name not in members:
                     raise ValueError(f"{path}: must hold {' and '.join(needed)}, and has no {name}")
@@ -331,7 +336,7 @@ def load_arrays(path: Path, needed: Container[str] = (), wanted: Container[str] 
             for name in read:
                 _check_header(archive, members[name])
         with np.load(path, allow_pickle=False) as held:
-            arrays = {name: held[name] for name in read}
+            arrays = {name: held[members[name].filename] for name in read}  # not `name`, which may be another member
         for array in arrays.values():
             if array.dtype.kind == "U":
                 array.tolist()  # raises if it has characters that do not exist

@@ -100,7 +100,8 @@ def _evaluate(options: EvaluateOptions) -> None:
     dataset = options.dataset or model.about.get("dataset")
     if dataset is None:
         raise ValueError(f"{options.model} does not say what it was trained on: give --dataset")
-    test = load_data(TrainOptions(dataset=dataset, datapath=options.datapath), "test")
+    size = model.config.image if dataset == "folder" else None
+    test = load_data(TrainOptions(dataset=dataset, datapath=options.datapath, size=size), "test")
     policies = {name: policy for name, policy in POLICIES.items() if name != "eig" or _imagines(model)}
     results = evaluate(model.to(device), test, policies, options.T, seeds=options.seeds, batch=options.batchv)
     if options.json:

@@ -23,8 +23,8 @@ from .plots import plot_curves, plot_look, save_figure
 from .policy import EIG, Policy, centre_out, look, oracle, random
 from .ram import RAM, train_ram
 from .rivals import AmortisedEIG, FixedOrder, Uncertainty, best_fixed_order, distil, remember
-from .runs import Run, command, load_tensors, load_weights, read_json, save_tensors, versions, write_json
-from .whole_image import WholeImage, predict_whole, train_whole_image
+from .runs import Run, command, load_tensors, load_weights, lock, read_json, save_tensors, versions, write_json
+from .whole_image import WholeImage, matching_width, predict_whole, train_whole_image
 
 # %% ../nbs/09b_compare.ipynb #6039d376
 READY: dict[str, Policy] = {
@@ -36,7 +36,7 @@ READY: dict[str, Policy] = {
     "oracle EIG": oracle,
 }
 
-# %% ../nbs/09b_compare.ipynb #64af090d
+# %% ../nbs/09b_compare.ipynb #0eaf1a13
 @dataclass(frozen=True)
 class Bench:
     """What learning a policy takes: the trained model, the training images, the options and the model's folder."""
@@ -73,13 +73,14 @@ def _amortised(bench: Bench) -> tuple[HardAttention, Policy]:
     student.load_state_dict(load_tensors(kept))
     return bench.model, student.to(bench.model.device)
 
-# %% ../nbs/09b_compare.ipynb #7e3ff80b
+# %% ../nbs/09b_compare.ipynb #dc4d1a51
 def _ram(bench: Bench) -> tuple[HardAttention, Policy]:
     first = recipes(bench.options)[0]
     chosen = replace(first, phase="third", epochs=max(1, first.epochs // 3), lr=first.lr / 3)
+    asked = {name: value for name, value in asdict(chosen).items() if name != "on_nonfinite"}
     start = HardAttention(bench.model.config)
     load_weights(start, bench.folder / "first" / f"weights_f_{first.epochs}.pth")
-    with torch.random.fork_rng(), Run(bench.folder / "ram", asdict(chosen), resume=True) as run:
+    with torch.random.fork_rng(), Run(bench.folder / "ram", asked, resume=True) as run:
         torch.manual_seed(bench.options.seed)
         ram = RAM(start.to(bench.model.device))
         if not run.finished(ram, chosen.epochs):
@@ -95,13 +96,15 @@ LEARNT: dict[str, Callable[[Bench], tuple[HardAttention, Policy]]] = {
 COMPARED = ("random", "centre-out", "best fixed order", "uncertainty, P = 20", "RAM", "amortised EIG")
 COMPARED += ("EIG, P = 1", "EIG, P = 20", "oracle EIG")
 
-# %% ../nbs/09b_compare.ipynb #5b33a48a
+# %% ../nbs/09b_compare.ipynb #b700a601
 def _ceilings(bench: Bench, test: ImageSet, seeds: Sequence[int]) -> dict[str, list[dict[str, float]]]:
     first = recipes(bench.options)[0]
-    chosen = replace(first, epochs=max(1, first.epochs // 3))
-    with torch.random.fork_rng(), Run(bench.folder / "whole_image", asdict(chosen), resume=True) as run:
+    chosen = replace(first, epochs=first.epochs + max(1, first.epochs // 3))
+    asked = {name: value for name, value in asdict(chosen).items() if name != "on_nonfinite"}
+    with torch.random.fork_rng(), Run(bench.folder / "whole_image", asked, resume=True) as run:
         torch.manual_seed(bench.options.seed)
-        network = WholeImage(bench.model.config).to(bench.model.device)
+        width = matching_width(bench.model.config, bench.options.T)
+        network = WholeImage(bench.model.config, width).to(bench.model.device)
         if not run.finished(network, chosen.epochs):
             train_whole_image(network, bench.data, chosen, run)
     found = measure(predict_whole(network, test, batch=bench.options.batchv), test.labels.cpu())
@@ -132,9 +135,10 @@ _WHERE = ("seed", "logfolder", "resume", "datapath", "download", "device", "batc
 
 
 def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    folder = Path("runs") / f"compare-{_name(options)}" / f"seed{seed}"
-    kept, record = folder / "compared.json", _started(options, seed)
-    if kept.exists() and (before := read_json(kept, "asked", "policies"))["asked"] == record["asked"]:
+    folder = _runs(options) / f"seed{seed}"
+    data = {split: load_data(options.train, split) for split in ("train", "test")}
+    kept, record = folder / "compared.json", _started(options, seed, data)
+    if kept.exists() and (before := read_json(kept, *record))["asked"] == record["asked"]:
         record = before
     missing = [name for name in options.policies if name not in record["policies"]]
     if not missing and record["ceilings"]:
@@ -142,26 +146,29 @@ def _one_seed(options: CompareOptions, seed: int, tell: Callable[[str], None]) -
         return record
     training = replace(options.train, seed=seed, logfolder=folder, resume=folder.exists())
     if not record["policies"]:
-        train(training, tell)
-        record |= _how_it_was_trained(folder)
+        train(training, lambda line: None if line.startswith("stopped") else tell(line))
+        record["made"] = _how_it_was_trained(folder)
     device = choose_device(training.device)
-    data = {split: load_data(training, split).to(device) for split in ("train", "test")}
-    bench = Bench(HardAttention.load(folder / "model.safetensors").to(device), data["train"], training, folder)
+    test, model = data["test"].to(device), HardAttention.load(folder / "model.safetensors").to(device)
+    bench = Bench(model, data["train"].to(device), training, folder)
     for name in missing:
         tell(f"seed {seed}: {name}")
-        record["policies"][name] = _tested(bench, name, data["test"], options)
+        record["policies"][name] = _tested(bench, name, test, options)
+        record["tested"][name] = versions() | {"device": str(device)}
         write_json(record, kept)
     if not record["ceilings"]:
         tell(f"seed {seed}: ceilings")
-        record["ceilings"] = _ceilings(bench, data["test"], options.seeds)
+        record["ceilings"] = _ceilings(bench, test, options.seeds)
         write_json(record, kept)
     return record
 
-# %% ../nbs/09b_compare.ipynb #d04da467
-def _started(options: CompareOptions, seed: int) -> dict[str, Any]:
+# %% ../nbs/09b_compare.ipynb #874d6d77
+def _started(options: CompareOptions, seed: int, data: dict[str, ImageSet]) -> dict[str, Any]:
     training = {name: value for name, value in asdict(options.train).items() if name not in _WHERE}
-    asked = {"seeds": list(options.seeds), "training": training}
-    return {"asked": asked, "training_seed": seed, "policies": {}, "ceilings": {}, "tested": versions()}
+    steps = [{k: v for k, v in asdict(chosen).items() if k not in _WHERE} for chosen in recipes(options.train)]
+    marks = {split: images.fingerprint() for split, images in data.items()}
+    asked = {"seeds": list(options.seeds), "training": training, "recipes": steps, "data": marks}
+    return {"asked": asked, "training_seed": seed, "made": {}, "policies": {}, "tested": {}, "ceilings": {}}
 
 
 def _how_it_was_trained(folder: Path) -> dict[str, Any]:
@@ -173,7 +180,7 @@ def _how_it_was_trained(folder: Path) -> dict[str, Any]:
 def _tested(bench: Bench, name: str, test: ImageSet, options: CompareOptions) -> list[dict[str, Any]]:
     model, policy = LEARNT[name](bench) if name in LEARNT else (bench.model, READY[name])
     looks, batch = bench.options.T, bench.options.batchv
-    spent = cost(model, test.images[:64], policy, looks)
+    spent = cost(model, test.images[: min(64, batch)], policy, looks)
     return [
         evaluate(model, test, {name: policy}, looks, seeds=(seed,), batch=batch)[name] | spent for seed in options.seeds
     ]
@@ -182,11 +189,17 @@ def _tested(bench: Bench, name: str, test: ImageSet, options: CompareOptions) ->
 def _name(options: CompareOptions) -> str:
     return options.name or options.train.dataset
 
+
+def _runs(options: CompareOptions) -> Path:
+    return Path("runs") / f"compare-{_name(options)}"
+
 # %% ../nbs/09b_compare.ipynb #4cdca64e
 def spread(
     records: Sequence[dict[str, Any]], name: str, value: Callable[[dict[str, Any]], float]
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Mean and standard deviation of something about a policy or a ceiling, over training seeds or first looks.
+
+    The deviation is None where there is a single value.
 
     Args:
         records: one for each training seed; "policies" and "ceilings" hold measures for each seed of the first look.
@@ -195,7 +208,7 @@ def spread(
     """
     runs = [[value(measures) for measures in (record["policies"] | record["ceilings"])[name]] for record in records]
     values = [mean(run) for run in runs] if len(runs) > 1 else runs[0]
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    return mean(values), stdev(values) if len(values) > 1 else None
 
 
 def table(records: Sequence[dict[str, Any]], measure: str = "accuracy") -> str:
@@ -204,7 +217,7 @@ def table(records: Sequence[dict[str, Any]], measure: str = "accuracy") -> str:
 
     def cell(name: str, value: Callable[[dict[str, Any]], float]) -> str:
         middle, about = spread(records, name, value)
-        return f"{scale * middle:.{digits}f} ± {scale * about:.{digits}f}"
+        return f"{scale * middle:.{digits}f}" + ("" if about is None else f" ± {scale * about:.{digits}f}")
 
     looks = len(next(iter(records[0]["policies"].values()))[0][measure])
     unit = ", %" if measure == "accuracy" else ", nats" if measure == "nll" else ""
@@ -217,7 +230,7 @@ def table(records: Sequence[dict[str, Any]], measure: str = "accuracy") -> str:
         lines.append(f"| *{name}* |" + " |" * (looks - 1) + f" {cell(name, lambda measures: measures[measure])} |")
     return "\n".join(lines)
 
-# %% ../nbs/09b_compare.ipynb #d2331824
+# %% ../nbs/09b_compare.ipynb #f4690fcd
 def efforts(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of what policies need: looks for given accuracies, multiply-accumulates and time."""
     goals = [name for name in ("random", "centre-out") if name in records[0]["policies"]]
@@ -226,13 +239,15 @@ def efforts(records: Sequence[dict[str, Any]]) -> str:
     lines = ["| an image needs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in records[0]["policies"]:
         every = [measures for record in records for measures in record["policies"][name]]
-        cells = []
-        for goal in goals:
-            needed = [looks_for(goal, measures) for measures in every]
-            cells.append("not reached" if None in needed else f"{mean(needed):.2f}")
+        curve = {key: [mean(at) for at in zip(*(measures[key] for measures in every))] for key in _STOPPED}
+        needed = [looks_for(goal - 1e-6, curve) for goal in goals]
+        cells = ["not reached" if looks is None else f"{looks:.2f}" for looks in needed]
         cells += [f"{every[0]['macs'] / 1e6:.1f}", f"{mean(measures['ms'] for measures in every):.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+_STOPPED = ("stopped looks", "stopped accuracy")
 
 # %% ../nbs/09b_compare.ipynb #179c3cc2
 def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Path:
@@ -249,7 +264,14 @@ def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Pat
         ValueError: for options that can't work.
     """
     _check(options)
-    records = [_one_seed(options, seed, tell) for seed in options.training_seeds]
+    held = lock(_runs(options))
+    try:
+        records = [_one_seed(options, seed, tell) for seed in options.training_seeds]
+    except KeyboardInterrupt:
+        tell("stopped; the same command goes on from here")
+        raise
+    finally:
+        held.release()
     for record in records:
         record["policies"] = {name: record["policies"][name] for name in options.policies}
     folder = Path("results") / _name(options)
@@ -259,20 +281,25 @@ def compare(options: CompareOptions, tell: Callable[[str], None] = print) -> Pat
         file.write(_page(options, records).encode())
     looks = range(options.train.T)
     curves = {
-        name: {"accuracy": list(zip(*(spread(records, name, lambda values, t=t: values["accuracy"][t]) for t in looks)))}
+        name: {"accuracy": [spread(records, name, lambda values, t=t: values["accuracy"][t]) for t in looks]}
         for name in options.policies
     }
+    for curve in curves.values():
+        middles, spreads = zip(*curve["accuracy"])
+        curve["accuracy"] = middles, [about or 0.0 for about in spreads]
     ceilings = {name: spread(records, name, lambda values: values["accuracy"])[0] for name in records[0]["ceilings"]}
     save_figure(plot_curves(curves, ceilings=ceilings), folder / "curves.png")
     _pictures(options, folder)
     return folder
 
-# %% ../nbs/09b_compare.ipynb #c4189b15
+# %% ../nbs/09b_compare.ipynb #67206fd1
 def _pictures(options: CompareOptions, folder: Path) -> None:
-    seed = options.training_seeds[0]
-    model = HardAttention.load(Path("runs") / f"compare-{_name(options)}" / f"seed{seed}" / "model.safetensors")
-    test = load_data(options.train, "test")[:64]
-    trace = look(model, test.images, EIG(20), options.train.T, generator=torch.Generator().manual_seed(0))
+    for old in [*folder.glob("right?.png"), *folder.glob("wrong?.png")]:
+        old.unlink()
+    model = HardAttention.load(_runs(options) / f"seed{options.training_seeds[0]}" / "model.safetensors")
+    generator, test = torch.Generator().manual_seed(0), load_data(options.train, "test")
+    test = test[torch.randperm(len(test), generator=generator)[:64]]
+    trace = look(model, test.images, EIG(20), options.train.T, generator=generator)
     right = trace.predictions[:, -1] == test.labels
     for kind, chosen in ("right", right), ("wrong", ~right):
         for k, index in enumerate(chosen.nonzero()[:2, 0].tolist()):
@@ -282,8 +309,12 @@ def _pictures(options: CompareOptions, folder: Path) -> None:
 
 # %% ../nbs/09b_compare.ipynb #a196ee79
 def _check(options: CompareOptions) -> None:
-    if not options.training_seeds or not options.seeds:
-        raise ValueError("training_seeds and seeds must each name at least one seed")
+    for name in ("training_seeds", "seeds"):
+        seeds = getattr(options, name)
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError(f"{name} must name at least one seed and none twice, got {seeds}")
+    if options.train.T < 2:
+        raise ValueError(f"T must be at least 2 to compare policies, got {options.train.T}: the first look is drawn")
     unknown = [name for name in options.policies if name not in COMPARED]
     if unknown or not options.policies:
         raise ValueError(f"policies must be some of {', '.join(COMPARED)}, got {', '.join(unknown) or 'none'}")
@@ -295,18 +326,20 @@ def _check(options: CompareOptions) -> None:
 
 
 def _page(options: CompareOptions, records: list[dict[str, Any]]) -> str:
-    made = records[0]["trained"]
-    commits = sorted({record[stage]["commit"] for record in records for stage in ("trained", "tested")})
-    phases = records[0]["seconds"]
-    seconds = ", ".join(f"{phase} {mean(record['seconds'][phase] for record in records):.0f} s" for phase in phases)
+    made, how = records[0]["made"]["trained"], [record["made"] for record in records]
+    stages = [stage for record in records for stage in (record["made"]["trained"], *record["tested"].values())]
+    commits = sorted({stage["commit"] for stage in stages})
+    seconds = [f"{phase} {mean(one['seconds'][phase] for one in how):.0f} s" for phase in how[0]["seconds"]]
+    devices = sorted({stage["device"] for record in records for stage in record["tested"].values()})
     over = "training seeds" if len(records) > 1 else "seeds of the first look; training seed"
     tested = f"{options.train.test_images} test images" if options.train.test_images else "all test images"
     about = (
         f"`{command()}`\n\n{options.train.dataset}, {tested}, mean ± standard deviation over {over} "
         f"{', '.join(map(str, options.training_seeds))}; "
         f"seeds of the first look: {', '.join(map(str, options.seeds))}. "
-        f"Training: {seconds}, mean over training seeds. phattn {made['phattn']} (commit {', '.join(commits)}), "
-        f"torch {made['torch']}, {records[0]['device']}, {made['cpu']}, {made['threads']} threads."
+        f"Training: {', '.join(seconds)}, mean over training seeds. "
+        f"phattn {made['phattn']} (commit {', '.join(commits)}), "
+        f"torch {made['torch']}, {', '.join(devices)}, {made['cpu']}, {made['threads']} threads."
     )
     tables = [table(records), efforts(records), table(records, "nll"), table(records, "ece")]
     return "\n\n".join([about, *tables]) + "\n"

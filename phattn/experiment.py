@@ -32,7 +32,7 @@ class TrainOptions:
         dataset: the images to learn from.
         datapath: folder of the data sets; the digits need none.
         download: fetch a data set that is not in `datapath`, where its makers allow it.
-        size: side in pixels to which the images of a folder are brought; that of the first one, 32 to 64, when not given.
+        size: side in pixels to which images of a folder are brought; that of the first one, 32 to 64, when not given.
         glimpse: side of a glimpse in pixels, for images of your own; an even number near a quarter when not given.
         training_phase: all three in turn, or one; the second and third start from `pretrain_checkpoint`.
         recipe: "paper" (made for a GPU), "hours", "minutes" or "digits"; when not given, "digits" for the digits,
@@ -192,7 +192,7 @@ def model_config(dataset: str, data: ImageSet, glimpse: int | None = None) -> Mo
     Args:
         dataset: a key of `phattn.datasets.DATASETS`.
         data: its images.
-        glimpse: side of a glimpse in pixels, where the data set leaves a choice; near a quarter of theirs when not given.
+        glimpse: side of a glimpse in pixels, where the data leave a choice; near a quarter of theirs when not given.
 
     Raises:
         ValueError: for a glimpse that does not fit the images, or of a data set whose glimpses the method sets.
@@ -201,7 +201,8 @@ def model_config(dataset: str, data: ImageSet, glimpse: int | None = None) -> Mo
         if glimpse not in (None, CONFIGS[dataset].glimpse):
             raise ValueError(f"glimpse is {CONFIGS[dataset].glimpse} for {dataset}, got {glimpse}")
         return replace(CONFIGS[dataset], names=data.names)
-    glimpse = glimpse or min(32, max(4, 2 * round(data.size / 8)))
+    if glimpse is None:
+        glimpse = min(32, max(4, 2 * round(data.size / 8)))
     channels = ModelConfig.channels[: max(1, (glimpse - 2) // 2)]  # a small glimpse has room for fewer convolutions
     return ModelConfig(data.classes, data.size, glimpse, channels=channels, names=data.names)
 
@@ -237,7 +238,7 @@ def _folder(options: TrainOptions) -> Path:
 # %% ../nbs/09a_experiment.ipynb #4c17d4f2
 def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptions, folder: Path) -> list[dict]:
     asked = asdict(chosen) | {"dataset": options.dataset, "model": asdict(model.config)}
-    asked["pretrain_checkpoint"] = str(options.pretrain_checkpoint)
+    asked |= {"pretrain_checkpoint": str(options.pretrain_checkpoint), "data": data["train"].fingerprint()}
     del asked["on_nonfinite"]  # may change when a run that met a bad step is resumed
     few, every = _some(data["test"], 250, options.seed), max(1, chosen.epochs // 10)
     policy = EIG(1) if chosen.phase == "third" else random

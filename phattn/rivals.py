@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FixedOrder', 'best_fixed_order', 'Uncertainty', 'remember', 'AmortisedEIG', 'distil']
 
-# %% ../nbs/07a_rivals.ipynb #bc2ea3fc
+# %% ../nbs/07a_rivals.ipynb #16822f5f
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,13 @@ from .data import ImageSet
 from .model import HardAttention, evaluating
 from .policy import EIG, View, look
 
-# %% ../nbs/07a_rivals.ipynb #8e3c8977
+# %% ../nbs/07a_rivals.ipynb #1d12d3c3
 @dataclass(frozen=True)
 class FixedOrder:
     """Look at the same places in the same order, whatever the image.
 
     Args:
-        places: candidates, the first to be looked at first; places not listed come last, in no order.
+        places: candidates, none twice, the first to be looked at first; places not listed come last, in no order.
     """
 
     places: tuple[int, ...]
@@ -30,13 +30,13 @@ class FixedOrder:
     def __call__(self, view: View) -> Tensor:
         """Scores B×N: minus the rank."""
         count = view.seen.shape[1]
-        if not self.places or min(self.places) < 0 or max(self.places) >= count:
-            raise ValueError(f"places must list candidates from 0 to {count - 1}, got {self.places}")
+        if not self.places or not set(self.places) <= set(range(count)) or len(set(self.places)) < len(self.places):
+            raise ValueError(f"places must list candidates from 0 to {count - 1}, none twice, got {self.places}")
         scores = torch.full((count,), -float(count), device=view.seen.device)
         scores[list(self.places)] = -torch.arange(len(self.places), dtype=scores.dtype, device=scores.device)
         return scores.expand(view.seen.shape)
 
-# %% ../nbs/07a_rivals.ipynb #4e7e4c61
+# %% ../nbs/07a_rivals.ipynb #e889cd74
 def best_fixed_order(
     model: HardAttention,
     data: ImageSet,
@@ -49,8 +49,8 @@ def best_fixed_order(
 
     Args:
         model: left as it is.
-        data: training images, on the model's device; one or two thousand are enough.
-        looks: T; T-1 places are chosen.
+        data: training images; one or two thousand are enough.
+        looks: T places are chosen; the last is for images whose first look was one of the others.
         generator: draws the first looks.
         batch: images at a time.
 
@@ -62,14 +62,14 @@ def best_fixed_order(
     """
     if not 2 <= looks <= model.grid.count:
         raise ValueError(f"looks must be from 2 to {model.grid.count}, the number of candidates, got {looks}")
-    home = generator.device if generator else None
+    home, data = generator.device if generator else None, data.to(model.device)
     first = torch.randint(model.grid.count, (len(data),), generator=generator, device=home).to(model.device)
     candidates, order = model.grid.candidates(model.device), []
     with evaluating(model):
         parts = [model.glimpse.map(images) for images, _ in data.batches(batch)]
         f = torch.cat([model.glimpse.at(part, candidates) for part in parts])
         h = model.recurrence(f[torch.arange(len(f)), first], model.recurrence.start(len(f)))
-        for _ in range(looks - 1):
+        for _ in range(looks):
             gain = _likelihood_of_next(model, f, h, first, data.labels, batch)
             gain[order] = -torch.inf
             order.append(int(gain.argmax()))
@@ -107,7 +107,7 @@ class Uncertainty:
         features = view.model.vae.imagine(view.h, self.samples, view.generator)
         return 0.5 * (features.float().var(0) + 1e-6).log().sum(-1)
 
-# %% ../nbs/07a_rivals.ipynb #9f3dce34
+# %% ../nbs/07a_rivals.ipynb #05a1c035
 def remember(
     model: HardAttention,
     data: ImageSet,
@@ -172,7 +172,7 @@ class AmortisedEIG(nn.Module):
                 return super().__call__(given.h).exp()
         return super().__call__(given)
 
-# %% ../nbs/07a_rivals.ipynb #7984658d
+# %% ../nbs/07a_rivals.ipynb #ea2e6372
 def distil(
     h: Tensor,
     maps: Tensor,
@@ -194,8 +194,11 @@ def distil(
         The network, on the device of the states.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit, or a number that is not positive.
     """
+    for name, value in (("epochs", epochs), ("batch", batch), ("lr", lr)):
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
     if h.ndim != 2 or maps.ndim != 2 or len(h) != len(maps) or maps.shape != seen.shape:
         raise ValueError(f"h must be M×nh, maps and seen M×N, got {[tuple(t.shape) for t in (h, maps, seen)]}")
     target, known = maps.clamp_min(1e-6).log(), (~seen).float()

@@ -114,25 +114,29 @@ def _inspect(path: Path) -> None:
         pickles = [archive.read(record) for record in records if record.filename.endswith(".pkl")]
     if len(pickles) != 1:
         raise ValueError(f"it has {len(pickles)} pickles, and should have one")
+    tuples, last = set(), ""
     for code, argument, _ in pickletools.genops(pickles[0]):
+        if code.name in ("BINPUT", "LONG_BINPUT") and last.startswith("TUPLE"):
+            tuples.add(argument)
+        if code.name in ("BINGET", "LONG_BINGET") and argument in tuples:  # a key of shared tuples takes ages to hash
+            raise ValueError("its pickle uses a tuple twice, which torch.save of tensors does not")
+        last = code.name
         if code.name in ("GLOBAL", "INST") and not _NAMES.fullmatch(argument):
             raise ValueError(f"it names {argument.replace(' ', '.')}, which is no tensor")
-        if code.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"):
+        if code.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "DUP", "MEMOIZE", "PUT", "GET"):
             raise ValueError(f"its pickle uses {code.name}, which torch.save does not")
 
 # %% ../nbs/06a_runs.ipynb #4530abca
 def _copied(value: Any, room: list[int]) -> Any:
     """A copy of what was mapped; `room` holds the bytes that are still allowed."""
+    room[0] -= value.numel() * value.itemsize if isinstance(value, torch.Tensor) else 1  # a list may hold itself twice
+    if room[0] < 0:
+        raise ValueError("what it holds is larger than the file")
     if isinstance(value, dict):
         return {name: _copied(part, room) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)([_copied(part, room) for part in value])
-    if not isinstance(value, torch.Tensor):
-        return value
-    room[0] -= value.numel() * value.itemsize
-    if room[0] < 0:
-        raise ValueError(f"its tensors are larger than the file, one of them is {tuple(value.shape)}")
-    return value.clone()
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 # %% ../nbs/06a_runs.ipynb #aaebc15d
 def load_weights(model: HardAttention, path: str | os.PathLike) -> None:

@@ -254,6 +254,16 @@ def test_a_broken_store_is_made_anew(tmp_path, case):
     assert len(calls) == 2 and {file.name for file in tmp_path.iterdir()} == {"x.npy", "x.npz"}
 
 
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    old, new = tmp_path / ".x.npy.abcdefgh", tmp_path / ".x.npy.ijklmnop"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    image, label = np.zeros((1, 3, 32, 32), np.uint8), np.zeros(1, int)
+    decode_once(tmp_path / "x", "mark", lambda: plan_arrays([image], label, ("a",), tmp_path))
+    assert not old.exists() and new.exists()
+
+
 def test_a_change_of_the_sources_is_noticed(tmp_path):
     tree = write_tree(tmp_path / "tree", 30)
     archive = pack(tree, "zip")

@@ -10,13 +10,14 @@ from phattn.experiment import TrainOptions, load_data
 
 
 def _record(*last, ceiling=0.9):
-    stopped = {"stopped looks": [1.0, 2.0], "stopped accuracy": [0.2, max(last)], "macs": 5_000_000, "ms": 1.5}
-    runs = [{"accuracy": [0.2, value]} | stopped for value in last]
+    spent = {"stopped looks": [1.0, 2.0], "macs": 5_000_000, "ms": 1.5}
+    runs = [{"accuracy": [0.2, value], "stopped accuracy": [0.2, value]} | spent for value in last]
     return {"policies": {"EIG": runs}, "ceilings": {"all glimpses": [{"accuracy": ceiling}]}}
 
 
 def test_table_has_means_and_spreads():
     rows = table([_record(0.5), _record(0.6)]).splitlines()
+    assert table([_record(0.5)]).splitlines()[2] == "| EIG | 20.0 | 50.0 |"
     assert rows[2] == "| EIG | 20.0 ± 0.0 | 55.0 ± 7.1 |" and rows[3] == "| *all glimpses* | | 90.0 ± 0.0 |"
     assert table([_record(0.5, 0.6)]).splitlines()[2] == rows[2]  # one training seed: the spread of the first looks
     assert table([_record(0.5, 0.7), _record(0.6, 0.6)]).splitlines()[2] == "| EIG | 20.0 ± 0.0 | 60.0 ± 0.0 |"
@@ -24,10 +25,12 @@ def test_table_has_means_and_spreads():
 
 def test_efforts_are_looks_and_products():
     record = _record(0.6)
-    record["policies"] |= {"random": _record(0.4)["policies"]["EIG"], "centre-out": _record(0.7)["policies"]["EIG"]}
+    others = {"random": _record(0.3, 0.5), "centre-out": _record(0.7)}
+    record["policies"] |= {name: other["policies"]["EIG"] for name, other in others.items()}
     rows = efforts([record]).splitlines()
     assert rows[0] == "| an image needs | looks for 40.0 % | looks for 70.0 % | million MACs | ms |"
     assert rows[2] == "| EIG | 1.50 | not reached | 5.0 | 1.50 |"
+    assert rows[3] == "| random | 2.00 | not reached | 5.0 | 1.50 |"  # its own accuracy, whatever the seeds
 
 
 @pytest.mark.slow
@@ -35,9 +38,8 @@ def test_comparison_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in ("compare", "experiment"):
         monkeypatch.setattr(f"phattn.{module}.load_data", lambda options, split: load_data(options, split)[:60])
-    options = CompareOptions(
-        TrainOptions(epochs=1, T=2, batch=30), (0, 1), policies=("random", "EIG, P = 1"), name="few"
-    )
+    train = TrainOptions(epochs=1, T=2, batch=30)
+    options = CompareOptions(train, (0, 1), policies=("random", "EIG, P = 1"), name="few")
     said = []
     folder = compare(options, said.append)
     before = (folder / "results.json").read_bytes()
@@ -59,6 +61,10 @@ def test_comparison_is_made_once(tmp_path, monkeypatch):
 def test_comparison_of_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="at least one seed"):
         compare(CompareOptions(training_seeds=()))
+    with pytest.raises(ValueError, match="seeds must name .* none twice"):
+        compare(CompareOptions(seeds=(1, 1)))
+    with pytest.raises(ValueError, match="T must be at least 2"):
+        compare(CompareOptions(TrainOptions(T=1)))
     with pytest.raises(ValueError, match="seed can't be set"):
         compare(CompareOptions(TrainOptions(seed=5)))
     with pytest.raises(ValueError, match="policies must be some of random, .*, got luck"):

@@ -19,8 +19,9 @@ def test_fixed_order_is_followed():
     places = look(model, data.images, FixedOrder((5, 8, 2)), 4, first=torch.tensor([0, 8, 5])).candidates
     assert places[0].tolist() == [0, 5, 8, 2]
     assert places[1].tolist()[:3] == [8, 5, 2] and places[2].tolist()[:3] == [5, 8, 2]
-    with pytest.raises(ValueError, match="from 0 to 48"):
-        look(model, data.images, FixedOrder((49,)), 2)
+    for wrong in ((49,), (5, 5), ()):
+        with pytest.raises(ValueError, match="from 0 to 48, none twice"):
+            look(model, data.images, FixedOrder(wrong), 2)
 
 
 def test_first_of_the_order_is_the_best_second_look():
@@ -32,7 +33,7 @@ def test_first_of_the_order_is_the_best_second_look():
         trace = look(model, data.images, FixedOrder((place,)), 2, first=first)
         last = trace.log_probs[:, 1].where((first != place)[:, None], trace.log_probs[:, 0])
         gain.append(last.gather(1, data.labels[:, None]).mean())
-    assert order.places[0] == torch.stack(gain).argmax() and len(set(order.places)) == 2
+    assert order.places[0] == torch.stack(gain).argmax() and len(set(order.places)) == 3
     with pytest.raises(ValueError, match="looks must be from 2 to 49"):
         best_fixed_order(model, data, looks=1)
 
@@ -61,6 +62,8 @@ def test_student_learns_a_function_of_the_state():
     assert error < 0.1 * maps.log().var()
     with pytest.raises(ValueError, match="maps and seen M×N"):
         distil(h, maps[:5], seen)
+    with pytest.raises(ValueError, match="epochs must be positive, got 0"):
+        distil(h, maps, seen, epochs=0)
 
 
 def test_remember_keeps_every_choice():

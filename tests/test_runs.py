@@ -107,6 +107,22 @@ def test_forged_checkpoints_are_refused(tmp_path):
             load_tensors(tmp_path / f"{name}.pth")
 
 
+def test_small_files_that_unfold_without_end_are_refused(tmp_path):
+    folded = [1]
+    for _ in range(60):
+        folded = [folded, folded]
+    torch.save(folded, tmp_path / "list.pth")
+
+    def key(records, pickled):  # {((1, 1), (1, 1)): 1}, sixty times as deep, in the language of pickles
+        records[pickled] = b"\x80\x02}K\x01\x85q\x00" + 60 * b"h\x00h\x00\x86q\x00" + b"K\x01s."
+
+    forge(tmp_path / "list.pth", tmp_path / "key.pth", key)
+    for name, said in (("list", "larger than the file"), ("key", "a tuple twice")):
+        assert (tmp_path / f"{name}.pth").stat().st_size < 3000
+        with pytest.raises(ValueError, match=said):
+            load_tensors(tmp_path / f"{name}.pth")
+
+
 def test_json_that_is_broken_is_named(tmp_path):
     texts = {
         "": "no whole JSON",
