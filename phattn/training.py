@@ -241,28 +241,29 @@ class _Guard:
         self.learning = [(names.get(id(parameter), "a parameter"), parameter) for parameter in parameters]
         self.every = _LOOK.get(data.images.device.type, 1)
         self.skipped, self.waiting = sum(record.get("skipped", 0) for record in history), []
+        self.moves = torch.tensor(True, device=data.images.device)  # False from the step on that stops the phase
 
     def begin(self) -> None:
         """Before a step: remember what its forward pass uses up or moves."""
-        self.random, self.statistics = _random_state(self.data.images.device), []
-        if self.recipe.on_nonfinite == "skip" or self.every == 1:
-            self.statistics = [(buffer, buffer.clone()) for buffer in _moving(self.model)]
+        self.random = _random_state(self.data.images.device)
+        self.statistics = [(buffer, buffer.clone()) for buffer in _moving(self.model)]
 
     def clip(self, epoch: int, step: int, log: dict[str, Tensor]) -> Tensor:
-        """Clip the gradients; returns whether the step is fine: a tensor, so as not to wait for it."""
+        """Clip the gradients; returns whether the step may be taken: a tensor, so as not to wait for it."""
         gradients = [parameter.grad for _, parameter in self.learning if parameter.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))  # as clip_grad_norm_ does; here each is needed
         norm = torch.linalg.vector_norm(norms)
         fine = (norm + log["loss"]).isfinite()
         nn.utils.clip_grads_with_norm_([parameter for _, parameter in self.learning], 10.0, norm)
+        self.moves = fine if self.recipe.on_nonfinite == "skip" else fine & self.moves
         for buffer, before in self.statistics:
-            buffer.copy_(torch.where(fine, buffer, before))
+            buffer.copy_(torch.where(self.moves, buffer, before))
         self.waiting.append((fine, epoch, step, self.random, log, norms))
         if self.every > 1:
-            self.optimiser.found_inf = (~fine).float()
+            self.optimiser.found_inf = (~self.moves).float()
         if step % self.every == 0:
             self.look()
-        return fine
+        return self.moves
 
     def look(self) -> None:
         """Read what was found since the last look, and count it, or raise."""
