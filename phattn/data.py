@@ -6,6 +6,7 @@
 __all__ = ['normalise', 'denormalise', 'ImageSet', 'digits', 'read_image', 'augment']
 
 # %% ../nbs/00_data.ipynb #3f135c26
+import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -306,8 +307,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip at 255 instead of scaling
-        levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip((levels + 128) // 257, 0, 255).astype(np.uint8))
+        levels = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        levels += 128  # in place: a picture may be large
+        levels //= 257
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
@@ -320,7 +323,8 @@ def _open(path: Path | BinaryIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            content = io.BytesIO(path.read_bytes()) if isinstance(path, Path) else path  # a chunk's length may lie
+            with Image.open(content) as file:
                 return _to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's decoders raise many kinds on a broken file
         raise ValueError(f"path: {name} can't be read as an image ({error})") from error
