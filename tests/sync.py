@@ -189,6 +189,16 @@ def write_readme(tree: Path) -> None:
 # --- the whole
 
 
+def drop_progress(notebook: Path) -> None:
+    """Take progress bars out of a notebook's outputs: a saved page shows each of their states on a line."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            bars = [output.get("name") == "stderr" and "\r" in "".join(output["text"]) for output in cell["outputs"]]
+            cell["outputs"] = [output for output, bar in zip(cell["outputs"], bars) if not bar]
+    notebook.write_text(json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def generate(tree: Path) -> None:
     """Copy the sources into the empty folder `tree` and generate all the rest from them there."""
     modules = [name for name, path in files(ROOT).items() if name.startswith("phattn/") and not generated(path)]
@@ -198,6 +208,8 @@ def generate(tree: Path) -> None:
         shutil.copyfile(ROOT / name, tree / name)
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # with it, export does nothing
     subprocess.run([sys.executable, "-c", NBDEV], cwd=tree, env=environment, check=True)
+    for name in notebooks:
+        drop_progress(tree / name)
     (tree / "tests").mkdir()
     write_tests(tree)
     if (tree / "nbs/index.ipynb").exists():
