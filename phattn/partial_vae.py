@@ -80,6 +80,9 @@ def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _repeat_border(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # torch.compile gets the strides of the padding's gradient wrong (torch 2.15)
+        x = torch.cat([x[:, :1], x, x[:, -1:]], 1)
+        return torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
     return pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
 
 # %% ../nbs/04_partial_vae.ipynb #ed73ed31
