@@ -19,7 +19,11 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, ours: Decoder):
         super().__init__()
-        self.n, self.start, self.grow, self.refine, self.last = ours.n, ours.start, ours.grow, ours.refine, ours.last
+        self.n, self.grow, self.refine, self.last = ours.n, ours.grow, ours.refine, ours.last
+        side, _, channels = ours.norms[0].normalized_shape
+        self.start = nn.ConvTranspose2d(ours.start.in_features, channels, side, bias=False)
+        self.start.weight = nn.Parameter(ours.start.weight.detach().view(side, side, channels, -1).permute(3, 2, 0, 1))
+        self.shift = nn.Parameter(ours.start.bias.detach().view(side, side, channels).permute(2, 0, 1))
         self.norms = nn.ModuleList()
         for norm in ours.norms:
             height, width, channels = norm.normalized_shape
@@ -29,9 +33,7 @@ class PlainDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """B×nz -> B×nf×n×n."""
-        channels, side, _ = self.norms[0].normalized_shape
-        x = self.start(z).view(-1, side, side, channels).permute(0, 3, 1, 2)
-        x = self.norms[0](leaky_relu(x))
+        x = self.norms[0](leaky_relu(self.start(z[:, :, None, None]) + self.shift))
         for k, layer in enumerate([*self.grow, *self.refine]):
             if k >= len(self.grow):
                 x = pad(x, (1, 1, 1, 1), mode="replicate")

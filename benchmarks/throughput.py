@@ -10,6 +10,7 @@ figures are medians over the runs, the ratio is the median of the ratios run by 
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -21,6 +22,7 @@ from plain import Plain
 from torch import nn
 
 from phattn.data import ImageSet, normalise
+from phattn.memory import keep_freed_memory
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, look
 from phattn.training import LOSSES, Recipe, prepare
@@ -39,9 +41,28 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def usual_memory() -> None:
+    """glibc's allocator as it is by itself, once it has met blocks of 32 MiB."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 64 << 20), libc.mallopt(-3, 32 << 20), libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
+def turn(plain: Callable, ours: Callable, device: torch.device) -> tuple[float, float]:
+    """Seconds of each, after a call that is not counted; ours keeps freed memory, as `phattn train` does."""
+    usual_memory()
+    plain()
+    theirs = seconds(plain, device)
+    keep_freed_memory()
+    ours()
+    return theirs, seconds(ours, device)
+
+
 def pair(plain: Callable, ours: Callable, images: int, runs: int, device: torch.device) -> dict[str, float]:
-    """Medians over `runs` turns, after one that is not counted."""
-    times = [(seconds(plain, device), seconds(ours, device)) for _ in range(runs + 1)][1:]
+    """Medians over `runs` turns."""
+    times = [turn(plain, ours, device) for _ in range(runs)]
     a, b = zip(*times)
     ratio = statistics.median(one / two for one, two in times)
     return {"plain": images / statistics.median(a), "ours": images / statistics.median(b), "ratio": ratio}

@@ -27,6 +27,7 @@ from .data import read_image
 from .datasets import DATASETS
 from .evaluation import evaluate, summary
 from .experiment import TrainOptions, choose_device, load_data, open_model, train
+from .memory import keep_freed_memory
 from .model import HardAttention, pretrained
 from .plots import animate_look, plot_look, save_figure
 from .policy import EIG, POLICIES, look
@@ -232,6 +233,7 @@ def _sigterm() -> Iterator[None]:
 def main(words: list[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for an error that the user can mend, 130 or 143 when stopped."""
     words = [part for word in (sys.argv[1:] if words is None else words) for part in _split(word)]
+    keep_freed_memory()
     try:
         with _sigterm():
             options = _parse(words)

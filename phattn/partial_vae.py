@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, pad
+from torch.nn.functional import leaky_relu, linear, pad
 
+from .convolution import convolve, pays
 from .flows import ConditionalFlow
 
 # %% ../nbs/04_partial_vae.ipynb #cf62be44
@@ -65,18 +66,45 @@ class Decoder(nn.Module):
             nn.LayerNorm((side, side, width)) for side in [*sides, *[n] * (convolutions - 1)]
         )
 
-    def forward(self, z: Tensor) -> Tensor:
-        """…×nz -> f̃, …×N×nf, candidates in row-major order."""
+    def forward(self, z: Tensor, places: Tensor | None = None) -> Tensor:
+        """Decode.
+
+        Args:
+            z: latents, …×nz.
+            places: candidates whose features are wanted, long, …×M; all N in row-major order when not given.
+
+        Returns:
+            f̃, …×N×nf or …×M×nf.
+        """
         first, *norms = self.norms
         x = first(leaky_relu(self.start(z.flatten(0, -2))).unflatten(-1, first.normalized_shape))
         for layer, norm in zip([*self.grow, *self.refine], norms):
-            x = x if x.shape[1] < self.n else _repeat_border(x)
-            x = norm(leaky_relu(_channels_last(layer, x)))
-        return _channels_last(self.last, _repeat_border(x)).reshape(*z.shape[:-1], self.n**2, -1)
+            x = norm(leaky_relu(_convolve(layer, x)))
+        if places is None:
+            return _convolve(self.last, x).reshape(*z.shape[:-1], self.n**2, -1)
+        places = places.expand(*z.shape[:-1], -1).flatten(0, -2)
+        return _convolve_at(self.last, x, places).view(*z.shape[:-1], places.shape[-1], -1)
 
-
-def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+# %% ../nbs/04_partial_vae.ipynb #b6238863
+def _convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """A layer on maps B×side×side×C; one that keeps the side repeats the border."""
+    grows = isinstance(layer, nn.ConvTranspose2d)
+    if pays(layer, x):
+        y = convolve(layer, x.flatten(1, 2).transpose(0, 1), "full" if grows else "repeat").transpose(0, 1)
+        side = x.shape[1] + 2 * grows
+        return y.unflatten(1, (side, side))
+    x = x if grows else _repeat_border(x)
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _convolve_at(layer: nn.Conv2d, x: Tensor, places: Tensor) -> Tensor:
+    """The same at some places only: B×side×side×C and places B×M -> B×M×C'."""
+    side = x.shape[1]
+    near = torch.arange(side)[:, None].add(torch.arange(-1, 2)).clamp(0, side - 1).to(x.device)
+    near = (near[:, None, :, None] * side + near[:, None]).view(side**2, 9)[places]
+    near = near + torch.arange(len(x), device=x.device)[:, None, None] * side**2
+    patches = x.flatten(0, 2).index_select(0, near.flatten()).view(*places.shape, -1)
+    return linear(patches, layer.weight.permute(0, 2, 3, 1).flatten(1), layer.bias)
 
 
 def _repeat_border(x: Tensor) -> Tensor:
@@ -149,7 +177,14 @@ class PartialVAE(nn.Module):
         return self.decoder(self.sample(h, samples, generator)[0])
 
     def elbo(
-        self, h: Tensor, features: Tensor, seen: Tensor, samples: int = 1, generator: torch.Generator | None = None
+        self,
+        h: Tensor,
+        features: Tensor,
+        seen: Tensor,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+        *,
+        places: Tensor | None = None,
     ) -> Elbo:
         """The parts of the bound.
 
@@ -158,21 +193,24 @@ class PartialVAE(nn.Module):
             features: the map c(x) to be predicted, …×N×nf; what it holds at places not seen is never used.
             seen: bool, …×N: the places seen when the state was h.
             samples: draws of z.
+            places: if `features` and `seen` are those of M places only, which these are: long, …×M. Cheaper.
 
         Returns:
             Parts of shape samples×…, in nats.
 
         Raises:
-            ValueError: if the map does not fit the decoder.
+            ValueError: if the map does not fit the decoder, or the places.
         """
-        if features.shape[-2] != self.decoder.n**2 or seen.shape[-1] != self.decoder.n**2 or seen.dtype != torch.bool:
+        count = self.decoder.n**2 if places is None else places.shape[-1]
+        if features.shape[-2] != count or seen.shape[-1] != count or seen.dtype != torch.bool:
             raise ValueError(
-                f"features must be …×{self.decoder.n**2}×nf and seen bool …×{self.decoder.n**2}, "
+                f"features must be …×{count}×nf and seen bool …×{count}, "
                 f"got {tuple(features.shape)} and {seen.dtype} {tuple(seen.shape)}"
             )
         z, log_posterior = self.sample(h, samples, generator)
         target = features.where(seen[..., None], 0.0)
-        error = (self.decoder(z).float() - target).square() * (-self.log_variance).exp() + self.log_variance
+        imagined = self.decoder(z, places).float()
+        error = (imagined - target).square() * (-self.log_variance).exp() + self.log_variance
         log_likelihood = -0.5 * error.sum(-1).where(seen, 0.0).sum(-1)
         return Elbo(_normal_log_prob(z), log_posterior, log_likelihood)
 

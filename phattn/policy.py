@@ -29,9 +29,13 @@ def expected_information_gain(model: HardAttention, features: Tensor, h: Tensor,
     Returns:
         EIG in nats, B×N: the mean over P of KL[p(y|h after looking) ‖ p(y|h)].
     """
-    f = model.glimpse.at(features, model.grid.candidates(features.device))
-    would = model.classifier(model.recurrence(f, h[:, None])).float().log_softmax(-1)
-    return (would.exp() * (would - log_probs[:, None])).sum(-1).mean(0)
+    places, gain = model.grid.candidates(features.device), 0.0
+    at_once = 1 if features.device.type == "cpu" and not torch.compiler.is_compiling() else len(features)
+    for part in features.split(at_once):  # on a CPU, the states of one imagination at a time stay in its cache
+        f = model.glimpse.at(part, places)
+        would = model.classifier(model.recurrence(f, h[:, None])).float().log_softmax(-1)
+        gain = gain + (would.exp() * (would - log_probs[:, None])).sum(-1).sum(0)
+    return gain / len(features)
 
 # %% ../nbs/06_policy.ipynb #cf6f910d
 @dataclass

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from tqdm import tqdm
 
 from .data import ImageSet
+from .memory import keep_freed_memory
 from .model import HardAttention, evaluating, fit
 from .policy import EIG, View
 from .runs import Run, check_history, save_tensors
@@ -151,12 +152,10 @@ def _seen_so_far(places: Tensor, count: int) -> Tensor:
 
 # %% ../nbs/07_training.ipynb #0e44f9c6
 def _imagine(model: HardAttention, h: Tensor, pixels: Tensor, places: Tensor, steps: int | None) -> Loss:
-    batch, looks, features = pixels.shape
-    index = places[..., None].expand(-1, -1, features)
-    target = pixels.new_zeros(batch, model.grid.count, features).scatter(1, index, pixels.detach())
+    looks = places.shape[1]
     chosen = torch.randperm(looks, device=h.device)[:steps]
-    seen = _seen_so_far(places, model.grid.count)[:, chosen]
-    elbo = model.vae.elbo(h[:, chosen], target[:, None].float(), seen)
+    seen = torch.ones(looks, looks, dtype=torch.bool, device=h.device).tril()[chosen]  # after look t, the first t
+    elbo = model.vae.elbo(h[:, chosen], pixels.detach()[:, None].float(), seen, places=places[:, None])
     loss = elbo.loss.mean() / model.config.latent  # the mean over steps estimates the mean over all T without bias
     parts = {name: part.detach().mean() / model.config.latent for name, part in elbo._asdict().items()}
     return loss, {"bound": -loss.detach(), **parts}
@@ -381,6 +380,8 @@ def learn(
         A record for each epoch.
     """
     device, steps = data.images.device, len(data) // recipe.batch
+    if device.type == "cpu":
+        keep_freed_memory()
     optimiser = torch.optim.Adam(parameters, lr=recipe.lr, fused=device.type != "mps")
     schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
     history = _resume(run, model, optimiser, schedule)

@@ -31,6 +31,12 @@ def test_the_sum_is_what_the_model_runs(name, looks):
     assert not made[0].requires_grad
 
 
+def test_the_count_grows_with_the_images_alone():
+    decoder = HardAttention(CONFIGS["digits"]).vae.decoder
+    one, many = (multiply_accumulates(lambda: decoder(torch.zeros(count, 32))) for count in (1, 40))
+    assert many == 40 * one  # also where fewer products are taken
+
+
 def test_bad_costs_are_refused():
     with pytest.raises(ValueError, match="looks must be at least 1, got 0"):
         looking_cost(CONFIGS["digits"], 0)

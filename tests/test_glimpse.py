@@ -48,6 +48,20 @@ def test_map_equals_each_glimpse(image, glimpse, stride):
     assert torch.allclose(network.cnn(images).flatten(2).transpose(1, 2), each, atol=1e-5)
 
 
+@pytest.mark.parametrize("glimpse", [8, 16])
+def test_both_ways_through_the_convolutions_agree(glimpse):
+    torch.manual_seed(0)
+    network = GlimpseNetwork(Grid(2 * glimpse, glimpse), (16, 24, 32), 8).double()
+    glimpses = torch.randn(20, 3, glimpse, glimpse, dtype=torch.float64)
+    direction, found = torch.randn(20, 8, dtype=torch.float64), []
+    for forward in (network.cnn, network._in_fewer_products):
+        network.zero_grad()
+        c = forward(glimpses).flatten(1)
+        c.backward(direction)
+        found.append([c, *[parameter.grad.clone() for parameter in network.cnn.parameters()]])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*found))
+
+
 @torch.no_grad()
 def test_place_reaches_the_features():
     torch.manual_seed(0)

@@ -21,6 +21,19 @@ def test_decoder_sizes():
         Decoder(1, 4, 5)
 
 
+def test_some_places_are_those_of_the_map():
+    torch.manual_seed(0)
+    decoder, z, places = Decoder(7, 4, 5, 2, 16), torch.randn(3, 20, 4), torch.randint(49, (20, 6))
+    index = places[..., None].expand(3, -1, -1, 5)
+    assert torch.allclose(decoder(z, places), decoder(z).gather(2, index), atol=1e-5)
+
+
+def test_many_maps_are_decoded_as_one_is():
+    torch.manual_seed(0)
+    decoder, z = Decoder(7, 4, 64, 2), torch.randn(40, 4)  # 40: fewer products; 1: the library's convolution
+    assert torch.allclose(decoder(z), torch.cat([decoder(one[None]) for one in z]), atol=1e-4)
+
+
 def _small_vae(n=3, hidden=12, features=4, latent=6, layers=1):
     torch.manual_seed(0)
     vae = PartialVAE(Encoder(hidden, 5, latent), ConditionalFlow(latent, 5, layers), Decoder(n, latent, features, 2))
@@ -45,6 +58,16 @@ def test_unseen_places_contribute_nothing():
         assert torch.equal(before, after)
     moved = features + seen[..., None].float()
     assert not torch.equal(vae.elbo(h, features, seen)[2], vae.elbo(h, moved, seen)[2])
+
+
+def test_bound_needs_the_places_seen_only():
+    vae, h, features = _small_vae(), torch.randn(4, 12), torch.randn(4, 9, 4)
+    places = torch.rand(4, 9).topk(3).indices
+    seen = torch.zeros(4, 9, dtype=torch.bool).scatter(1, places[:, :2], True)
+    index, known = places[..., None].expand(-1, -1, 4), torch.tensor([True, True, False]).expand(4, 3)
+    whole = vae.elbo(h, features, seen, generator=torch.Generator().manual_seed(0))
+    part = vae.elbo(h, features.gather(1, index), known, generator=torch.Generator().manual_seed(0), places=places)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, part))
 
 
 def test_density_of_a_sample_is_its_density():
