@@ -28,7 +28,10 @@ setup(
     packages=find_packages(include=["phattn", "phattn.*"]),
     package_data={"phattn": ["weights/**/*"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={
+        "export": settings["export_requirements"].split(),
+        "dev": (settings["dev_requirements"] + settings["export_requirements"]).split(),
+    },
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

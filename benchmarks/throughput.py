@@ -6,7 +6,8 @@
 
 Both compute the same mathematics in float32 with the same parameters (`benchmarks/plain.py`); a training step includes
 the backward pass, clipping and Adam. The two take turns, so that a machine whose speed drifts treats them alike; the
-figures are medians over the runs, the ratio is the median of the ratios run by run.
+figures are medians over the runs, the ratio is the median of the ratios run by run. "onnx" is looking with P = 20, by
+torch and by onnxruntime on the same threads (CPU only; left out where onnxruntime or its exporter is missing).
 """
 
 import argparse
@@ -14,20 +15,25 @@ import ctypes
 import json
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from plain import Plain
 from torch import nn
 
 from phattn.data import ImageSet, normalise
+from phattn.export import export_model, look_with, open_parts
 from phattn.memory import keep_freed_memory
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, look
 from phattn.training import LOSSES, Recipe, prepare
 
 LOOKS = 7
+PAIR = ("plain", "ours")
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -50,22 +56,23 @@ def usual_memory() -> None:
         pass
 
 
-def turn(plain: Callable, ours: Callable, device: torch.device) -> tuple[float, float]:
-    """Seconds of each, after a call that is not counted; ours keeps freed memory, as `phattn train` does."""
+def turn(one: Callable, other: Callable, device: torch.device) -> tuple[float, float]:
+    """Seconds of each, after a call that is not counted; the second keeps freed memory, as `phattn` does."""
     usual_memory()
-    plain()
-    theirs = seconds(plain, device)
+    one()
+    first = seconds(one, device)
     keep_freed_memory()
-    ours()
-    return theirs, seconds(ours, device)
+    other()
+    return first, seconds(other, device)
 
 
-def pair(plain: Callable, ours: Callable, images: int, runs: int, device: torch.device) -> dict[str, float]:
+def pair(
+    one: Callable, other: Callable, images: int, runs: int, device: torch.device, names: tuple[str, str] = PAIR
+) -> dict[str, float]:
     """Medians over `runs` turns."""
-    times = [turn(plain, ours, device) for _ in range(runs)]
-    a, b = zip(*times)
-    ratio = statistics.median(one / two for one, two in times)
-    return {"plain": images / statistics.median(a), "ours": images / statistics.median(b), "ratio": ratio}
+    times = [turn(one, other, device) for _ in range(runs)]
+    rates = [images / statistics.median(column) for column in zip(*times)]
+    return dict(zip(names, rates)) | {"ratio": statistics.median(a / b for a, b in times)}
 
 
 def step(loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], fused: bool) -> Callable[[], None]:
@@ -97,6 +104,22 @@ def looking(model: HardAttention, images: torch.Tensor, samples: int, runs: int)
     plain = Plain(model.eval())
     theirs, ours = (lambda: plain.look(images, LOOKS, samples)), (lambda: look(model, images, EIG(samples), LOOKS))
     return pair(theirs, ours, len(images), runs, images.device)
+
+
+def deployed(model: HardAttention, data: ImageSet, samples: int, runs: int) -> dict[str, float] | None:
+    """Seven looks with EIG by torch and by onnxruntime, both from uint8; None where that can't be had."""
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        print(f"onnx: left out, there is no {' and no '.join(missing)}", file=sys.stderr)
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            opened = open_parts(export_model(model, folder, samples), torch.get_num_threads())
+        except ValueError as error:  # a torch that can't write ONNX
+            print(f"onnx: left out, {error}", file=sys.stderr)
+            return None
+    images, arrays = data.images, data.images.numpy()
+    works = (lambda: look(model, images, EIG(samples), LOOKS), lambda: look_with(opened, arrays, LOOKS))
+    return pair(*works, len(data), runs, torch.device("cpu"), ("torch", "onnxruntime"))
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -161,6 +184,8 @@ def main() -> None:
     results["look1"] = looking(model, few, 1, options.runs)
     results["look20"] = looking(model, few, 20, options.runs)
     results["input"] = pipeline(data, options.batch, options.runs, device)
+    if device.type == "cpu" and (result := deployed(model, data[: len(few)], 20, options.runs)):
+        results["onnx"] = result
     if options.json:
         print(json.dumps(results))
         return
@@ -168,7 +193,9 @@ def main() -> None:
           f"{torch.get_num_threads()} threads, medians of {options.runs}")
     print(f"{'images/s':10s}{'plain':>12s}{'ours':>12s}{'ratio':>8s}")
     for name, result in results.items():
-        print(f"{name:10s}{result['plain']:12.1f}{result['ours']:12.1f}{result['ratio']:8.1f}")
+        if name == "onnx":
+            print(f"{'':10s}{'torch':>12s}{'onnxruntime':>12s}{'ratio':>8s}")
+        print(f"{name:10s}" + "".join(f"{value:{width}.1f}" for value, width in zip(result.values(), (12, 12, 8))))
 
 
 if __name__ == "__main__":

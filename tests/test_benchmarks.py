@@ -1,4 +1,4 @@
-"""The plain implementation that the benchmark compares with computes the same numbers as the package."""
+"""The plain implementation that the benchmark compares with computes the same numbers, and onnxruntime is measured."""
 
 import sys
 
@@ -6,6 +6,7 @@ import pytest
 import sync
 import torch
 
+from phattn.data import digits
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import expected_information_gain
 
@@ -15,6 +16,12 @@ def plain(monkeypatch):
     monkeypatch.syspath_prepend(str(sync.ROOT / "benchmarks"))
     yield __import__("plain")
     sys.modules.pop("plain", None)
+
+
+@pytest.fixture
+def throughput(plain):
+    yield __import__("throughput")
+    sys.modules.pop("throughput", None)
 
 
 @torch.no_grad()
@@ -34,3 +41,18 @@ def test_plain_computes_the_same(plain):
     assert torch.allclose(bound, ours, atol=1e-4)
     belief = model.classifier(h).log_softmax(-1)
     assert torch.allclose(gain, expected_information_gain(model, model.vae.imagine(h, 7), h, belief), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnxruntime_is_measured_beside_torch(throughput):
+    pytest.importorskip("torch", minversion="2.8")
+    model, data = HardAttention.from_pretrained("digits"), digits("test", size=2)
+    found = throughput.deployed(model, data, samples=1, runs=1)
+    assert list(found) == ["torch", "onnxruntime", "ratio"] and min(found.values()) > 0
+    assert found["ratio"] == pytest.approx(found["onnxruntime"] / found["torch"])
+
+
+def test_without_onnxruntime_it_is_left_out(throughput, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert throughput.deployed(HardAttention.from_pretrained("digits"), digits("test", size=1), 1, 1) is None
+    assert "there is no onnxruntime" in capsys.readouterr().err

@@ -64,6 +64,9 @@ def test_mistyped_words_are_refused(words, said, capsys):
         ("look {}/text.png", "text.png"),
         ("evaluate nobody", "give a pretrained name ("),
         ("info nobody", "give a pretrained name ("),
+        ("export nobody", "give a pretrained name ("),
+        ("export digits --samples=0 --out={}/new", "samples must be at least 1, got 0"),
+        ("export digits --out={}", "not an empty folder"),
     ],
 )
 def test_options_that_cannot_work_end_with_one_line(words, said, capsys, tmp_path):
@@ -90,6 +93,13 @@ def test_look_draws_any_image_file(tmp_path, capsys):
         with Picture.open(tmp_path / name) as picture:
             assert picture.width > 100
     assert "sure after 3 looks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_export_writes_a_folder(tmp_path, capsys):
+    assert main(["export", "digits", "--out", str(tmp_path / "new"), "--no-onnx", "--samples=5"]) == 0
+    assert "belief.pt2, gain.pt2, glimpse.pt2, model.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "model.json").read_text())["samples"] == 5
 
 
 def test_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):
