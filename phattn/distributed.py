@@ -6,13 +6,14 @@
 __all__ = ['rank', 'world_size', 'who', 'share', 'OneBatch', 'SharedImages', 'deal', 'distribute', 'average', 'join', 'leave',
            'from_first', 'first_here', 'match']
 
-# %% ../nbs/06b_distributed.ipynb #3a23c370
+# %% ../nbs/06b_distributed.ipynb #3bf9cadf
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -226,7 +227,12 @@ def deal(data: ImageSet, device: torch.device) -> ImageSet:
         return data.to(device)
     return SharedImages(data.images, data.labels, data.names, device)
 
-# %% ../nbs/06b_distributed.ipynb #cfd5b0c1
+# %% ../nbs/06b_distributed.ipynb #cd6da762
+# buffers are the same everywhere, so none need be sent in each step; what says so has another name in newer versions
+_BUFFERS = "forward_sync_buffers"
+_BUFFERS = _BUFFERS if _BUFFERS in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+
+
 class _Step(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__()
@@ -249,7 +255,7 @@ def distribute(model: nn.Module, loss: Callable) -> Callable:
     """
     if world_size() == 1:
         return loss
-    step = DistributedDataParallel(_Step(model, loss), broadcast_buffers=False)
+    step = DistributedDataParallel(_Step(model, loss), **{_BUFFERS: False})
     return lambda model, images, labels, recipe: step(images, labels, recipe)
 
 # %% ../nbs/06b_distributed.ipynb #3dc7afb1
