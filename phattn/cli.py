@@ -247,7 +247,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"phattn: {who()}{' '.join(str(error.strerror if ours else error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"phattn: {who()}out of memory; a smaller --batch or --batchv needs less ({error!s:.80})", file=sys.stderr)
+        cure = "a smaller --batch or --batchv needs less"
+        print(f"phattn: {who()}out of memory; {cure} ({error!s:.80})", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         return 143 if isinstance(stop, Terminated) else 130

@@ -62,7 +62,7 @@ def share(batch: int) -> slice:
         raise ValueError(f"batch must be a multiple of {world_size()}, the number of processes, got {batch}")
     return slice(rank() * each, (rank() + 1) * each)
 
-# %% ../nbs/06b_distributed.ipynb #43768451
+# %% ../nbs/06b_distributed.ipynb #37bee550
 def _lead(shape: tuple[int, ...], each: int) -> int:
     """Which dimension of a draw counts images: the first one, those of size 1 before it apart."""
     for dimension, size in enumerate(shape):
@@ -70,7 +70,7 @@ def _lead(shape: tuple[int, ...], each: int) -> int:
             return dimension
         if size != 1:
             break
-    raise ValueError(f"a loss draws a tensor of shape {tuple(shape)}: it must begin with the {each} images of a process")
+    raise ValueError(f"a loss draws a tensor of shape {tuple(shape)}: it must begin with a process's {each} images")
 
 
 def _wide(shape: tuple[int, ...], rows: slice, batch: int) -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:

@@ -134,8 +134,8 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
 
     Raises:
         ValueError, OSError: for options that can't work, before anything is written.
-        KeyboardInterrupt, ConnectionError: when stopped, or when another process of the training was; `tell` is told how
-            to go on.
+        KeyboardInterrupt: when stopped; `tell` is told how to go on.
+        ConnectionError: the same, when another process of the training was stopped.
     """
     phases, device, folder = recipes(options), choose_device(options.device), None
     if phases[0].phase != "first" and options.pretrain_checkpoint is None:

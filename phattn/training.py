@@ -386,7 +386,8 @@ def learn(
     optimiser = torch.optim.Adam(parameters, lr=recipe.lr, fused=device.type != "mps")
     schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
     history = _resume(run, model, optimiser, schedule)
-    guard, loss = _Guard(model, parameters, optimiser, data, recipe, run, history), distribute(model, loss)
+    guard = _Guard(model, parameters, optimiser, data, recipe, run, history)
+    loss = distribute(model, loss)
     shown = dict(desc=recipe.phase, unit="step", mininterval=0.5, disable=rank() > 0)
     bar = tqdm(total=recipe.epochs * steps, initial=len(history) * steps, **shown)
     with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
