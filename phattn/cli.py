@@ -25,6 +25,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from .compare import CompareOptions, compare
 from .data import read_image
 from .datasets import DATASETS
+from .distributed import rank, who, world_size
 from .evaluation import evaluate, summary
 from .experiment import TrainOptions, choose_device, load_data, open_model, train
 from .export import export_model
@@ -185,6 +186,8 @@ def _info(options: InfoOptions) -> None:
 # %% ../nbs/10_cli.ipynb #2053a589
 def _train(options: TrainOptions) -> None:
     folder = train(options)
+    if rank() > 0:
+        return
     print(f"done: see {folder}/look0.png, {folder}/curves.png, {folder}/metrics.json; tensorboard --logdir {folder}")
 
 
@@ -262,14 +265,17 @@ def main(words: list[str] | None = None) -> int:
     try:
         with _sigterm():
             options = _parse(words)
+            if world_size() > 1 and not isinstance(options, TrainOptions):
+                raise ValueError("only train runs in several processes: start this command without torchrun")
             run = next(run for record, run in COMMANDS.values() if isinstance(options, record))
             run(options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         ours = isinstance(error, OSError) and error.strerror and error.filename is None
-        print(f"phattn: {' '.join(str(error.strerror if ours else error).split())}", file=sys.stderr)
+        print(f"phattn: {who()}{' '.join(str(error.strerror if ours else error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"phattn: out of memory; a smaller --batch or --batchv needs less ({error!s:.80})", file=sys.stderr)
+        cure = "a smaller --batch or --batchv needs less"
+        print(f"phattn: {who()}out of memory; {cure} ({error!s:.80})", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         return 143 if isinstance(stop, Terminated) else 130

@@ -254,6 +254,11 @@ class ImageSet(_Resident):
         return self.images.shape[-1]
 
     @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.images.device
+
+    @property
     def classes(self) -> int:
         """Number of classes."""
         return len(self.names)

@@ -8,6 +8,7 @@ __all__ = ['TrainOptions', 'recipes', 'choose_device', 'train', 'load_data', 'mo
 # %% ../nbs/09a_experiment.ipynb #e31c757c
 import math
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ import torch
 
 from .data import ImageSet
 from .datasets import DATASETS, load
+from .distributed import deal, first_here, from_first, join, leave, rank, who, world_size
 from .evaluation import evaluate, summary
 from .model import CONFIGS, HardAttention, ModelConfig, pretrained
 from .plots import animate_look, plot_curves, plot_history, plot_look, save_figure
@@ -133,35 +135,25 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
     Raises:
         ValueError, OSError: for options that can't work, before anything is written.
         KeyboardInterrupt: when stopped; `tell` is told how to go on.
+        ConnectionError: the same, when another process of the training was stopped.
     """
-    phases, device = recipes(options), choose_device(options.device)
+    phases, device, folder = recipes(options), choose_device(options.device), None
     if phases[0].phase != "first" and options.pretrain_checkpoint is None:
         raise ValueError(
             f"training_phase={phases[0].phase} starts from the weights of the phase before: give --pretrain_checkpoint"
         )
-    data = {split: load_data(options, split).to(device) for split in ("train", "test")}
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
-        model = HardAttention(model_config(options.dataset, data["train"], options.glimpse))
-    if options.pretrain_checkpoint is not None:
-        _same_data(options)
-        load_weights(model, options.pretrain_checkpoint)
-    model.to(device)
-    if options.T > model.grid.count:
-        raise ValueError(f"T must be from 1 to {model.grid.count}, the number of candidates, got {options.T}")
-    for chosen in phases:
-        check(model, data["train"], chosen)
-    folder = _folder(options)
-    held = lock(folder, ".train.lock")
     try:
-        sweep(folder)
-        tell(f"{options.dataset}: {len(data['train'])} training images on {device}, run folder {folder}")
-        _all_phases(model, data, phases, options, folder, tell)
-    except KeyboardInterrupt:
-        tell(f"stopped; go on with the same options and --resume --logfolder={folder}")
+        with join(device) as device, ExitStack() as stack:
+            model, data = _begin(options, phases, device)
+            folder = from_first(lambda: _claim(options, stack))
+            spread = f" in {world_size()} processes" if world_size() > 1 else ""
+            quiet = tell if rank() == 0 else lambda line: None
+            quiet(f"{options.dataset}: {len(data['train'])} training images on {device}{spread}, run folder {folder}")
+            _all_phases(model, data, phases, options, folder, quiet)
+    except (KeyboardInterrupt, ConnectionError):
+        if folder is not None:
+            tell(f"{who()}stopped; go on with the same options and --resume --logfolder={folder}")
         raise
-    finally:
-        held.release()
     return folder
 
 # %% ../nbs/09a_experiment.ipynb #7b0f7d59
@@ -172,8 +164,37 @@ def _all_phases(
     for chosen in phases:
         place = folder / chosen.phase if len(phases) > 1 else folder
         history[chosen.phase] = _phase(model, data, chosen, options, place)
+    leave()
+    if rank() > 0:
+        return
     tell(f"testing on {len(data['test'])} images")
     tell(summary(conclude(model, data["test"], folder, history, options)))
+
+# %% ../nbs/09a_experiment.ipynb #23552619
+def _begin(options: TrainOptions, phases: list[Recipe], device) -> tuple[HardAttention, dict[str, ImageSet]]:
+    data = {"train": deal(first_here(lambda: load_data(options, "train")), device)}
+    if rank() == 0:
+        data["test"] = load_data(options, "test").to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        model = HardAttention(model_config(options.dataset, data["train"], options.glimpse))
+    if options.pretrain_checkpoint is not None and rank() == 0:
+        _same_data(options)
+        load_weights(model, options.pretrain_checkpoint)
+    model.to(device)
+    if options.T > model.grid.count:
+        raise ValueError(f"T must be from 1 to {model.grid.count}, the number of candidates, got {options.T}")
+    for chosen in phases:
+        check(model, data["train"], chosen)
+    return model, data
+
+
+def _claim(options: TrainOptions, stack: ExitStack) -> Path:
+    """The run folder, locked until the stack is closed."""
+    folder = _folder(options)
+    stack.callback(lock(folder, ".train.lock").release)
+    sweep(folder)
+    return folder
 
 # %% ../nbs/09a_experiment.ipynb #071dd73a
 def load_data(options: TrainOptions, split: str) -> ImageSet:
@@ -240,10 +261,10 @@ def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptio
     asked = asdict(chosen) | {"dataset": options.dataset, "model": asdict(model.config)}
     asked |= {"pretrain_checkpoint": str(options.pretrain_checkpoint), "data": data["train"].fingerprint()}
     del asked["on_nonfinite"]  # may change when a run that met a bad step is resumed
-    few, every = _some(data["test"], 250, options.seed), max(1, chosen.epochs // 10)
+    few, every = _some(data["test"], 250, options.seed) if rank() == 0 else None, max(1, chosen.epochs // 10)
     policy = EIG(1) if chosen.phase == "third" else random
-    with Run(folder, asked, options.resume) as run:
-        if done := run.finished(model, chosen.epochs):
+    with Run(folder, asked, options.resume) if rank() == 0 else nullcontext() as run:
+        if done := from_first(lambda: run.finished(model, chosen.epochs)):
             return done
 
         def report(epoch: int, model: HardAttention) -> dict[str, Any]:
@@ -256,7 +277,7 @@ def _phase(model, data: dict[str, ImageSet], chosen: Recipe, options: TrainOptio
                 run.events(epoch).add_figure("look", figure, epoch)
             return {"test accuracy": (trace.predictions == few.labels[:, None]).float().mean(0).tolist()}
 
-        return train_phase(model, data["train"], chosen, run, report)
+        return train_phase(model, data["train"], chosen, run, report if run else None)
 
 
 def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
@@ -280,6 +301,7 @@ def conclude(
             "seconds": seconds,
             "epochs": history,
             "device": str(model.device),
+            "processes": world_size(),
             "versions": versions(),
         },
         folder / "metrics.json",

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from tqdm import tqdm
 
 from .data import ImageSet
+from .distributed import SharedImages, average, distribute, from_first, match, rank, share, world_size
 from .memory import keep_freed_memory
 from .model import HardAttention, evaluating, fit
 from .policy import EIG, View
@@ -238,13 +239,13 @@ class _Guard:
         self.model, self.optimiser, self.data, self.recipe, self.run = model, optimiser, data, recipe, run
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.learning = [(names.get(id(parameter), "a parameter"), parameter) for parameter in parameters]
-        self.every = _LOOK.get(data.images.device.type, 1)
+        self.every = _LOOK.get(data.device.type, 1)
         self.skipped, self.waiting = sum(record.get("skipped", 0) for record in history), []
-        self.moves = torch.tensor(True, device=data.images.device)  # False from the step on that stops the phase
+        self.moves = torch.tensor(True, device=data.device)  # False from the step on that stops the phase
 
     def begin(self) -> None:
         """Before a step: remember what its forward pass uses up or moves."""
-        self.random = _random_state(self.data.images.device)
+        self.random = _random_state(self.data.device)
         self.statistics = [(buffer, buffer.clone()) for buffer in _moving(self.model)]
 
     def clip(self, epoch: int, step: int, log: dict[str, Tensor]) -> Tensor:
@@ -284,7 +285,8 @@ def _blame(guard: _Guard, epoch: int, step: int, state: Tensor, log: dict[str, T
     ) if names)
     where = ""
     if guard.run:
-        images, labels = next(islice(_batches(guard.data, guard.recipe, epoch), step - 1, None))
+        data = guard.data.whole if isinstance(guard.data, SharedImages) else guard.data
+        images, labels = next(islice(_batches(data, guard.recipe, epoch), step - 1, None))
         record = {"images": images, "labels": labels, "model": guard.model.state_dict(), "random": state}
         record |= {"phase": guard.recipe.phase, "epoch": epoch + 1, "step": step, "seed": guard.recipe.seed}
         path = guard.run.folder / "nonfinite.pth"
@@ -331,7 +333,7 @@ def _epoch(model, loss_of, data, recipe, epoch, optimiser, schedule, bar, guard)
             loss, log = loss_of(model, images, labels, recipe)
         optimiser.zero_grad()
         loss.backward()
-        log, steps = log | {"loss": loss.detach()}, steps + 1
+        log, steps = average(log | {"loss": loss.detach()}), steps + 1
         fine = guard.clip(epoch, steps, log)
         if guard.every > 1 or fine:
             optimiser.step()
@@ -379,16 +381,16 @@ def learn(
     Returns:
         A record for each epoch.
     """
-    device, steps = data.images.device, len(data) // recipe.batch
+    device, steps = data.device, len(data) // recipe.batch
     if device.type == "cpu":
         keep_freed_memory()
     optimiser = torch.optim.Adam(parameters, lr=recipe.lr, fused=device.type != "mps")
     schedule = _schedule(optimiser, recipe, recipe.epochs * steps)
     history = _resume(run, model, optimiser, schedule)
     guard = _Guard(model, parameters, optimiser, data, recipe, run, history)
-    bar = tqdm(
-        total=recipe.epochs * steps, initial=len(history) * steps, desc=recipe.phase, unit="step", mininterval=0.5
-    )
+    loss = distribute(model, loss)
+    shown = dict(desc=recipe.phase, unit="step", mininterval=0.5, disable=rank() > 0)
+    bar = tqdm(total=recipe.epochs * steps, initial=len(history) * steps, **shown)
     with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
         for epoch in range(len(history), recipe.epochs):
             record = _epoch(model, loss, data, recipe, epoch, optimiser, schedule, bar, guard)
@@ -428,6 +430,7 @@ def train_phase(
             the step and the tensor; the last good state and the batch that did it are in the run's folder.
     """
     check(model, data, recipe)
+    match(model)
     parameters = prepare(model, recipe.phase)
     if recipe.compile:
         for part in (model.glimpse.cnn, model.vae.flow, model.vae.decoder):
@@ -450,8 +453,11 @@ def check(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
         raise ValueError(f"batch must be at most {len(data)}, the number of training images, got {recipe.batch}")
     if recipe.looks > model.grid.count:
         raise ValueError(f"looks must be from 1 to {model.grid.count}, the number of candidates, got {recipe.looks}")
-    if data.images.device != model.device:
-        raise ValueError(f"data are on {data.images.device}, the model is on {model.device}: move one with .to()")
+    if data.device != model.device:
+        raise ValueError(f"data are on {data.device}, the model is on {model.device}: move one with .to()")
+    share(recipe.batch)
+    if world_size() > 1 and not isinstance(data, SharedImages):
+        raise ValueError("data must be shared between the processes: give what phattn.distributed.deal makes of them")
 
 
 @torch.no_grad()
@@ -475,7 +481,7 @@ def _state(model, optimiser, schedule, history) -> dict[str, Any]:
 
 
 def _resume(run: Run | None, model, optimiser, schedule) -> list[dict[str, Any]]:
-    state = run.state() if run else None
+    state = from_first(lambda: run.state() if run else None)
     if state is None:
         return []
     try:
@@ -484,7 +490,8 @@ def _resume(run: Run | None, model, optimiser, schedule) -> list[dict[str, Any]]
         schedule.load_state_dict(state["schedule"])
         return check_history(state["history"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{run.folder} can't be resumed, its state does not fit this run: {error}") from error
+        where = run.folder if run else "the run"
+        raise ValueError(f"{where} can't be resumed, its state does not fit this run: {error}") from error
 
 
 def _headline(record: dict[str, Any], epoch: int, recipe: Recipe) -> dict[str, str]:
