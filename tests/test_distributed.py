@@ -118,8 +118,8 @@ with join(torch.device("cpu")) as device:
     wide, norms = nn.Conv2d(3, 8, 5, stride=3), [nn.BatchNorm2d(8), nn.BatchNorm1d(800)]
     model = nn.Sequential(wide, norms[0], nn.ReLU(), nn.Flatten(), norms[1], nn.Dropout(0.3), nn.Linear(800, 10))
     match(model)
-    data, recipe = deal(digits("train", seed=0, size=256), device), SimpleNamespace(batch=32)
-    optimiser, loss, order = torch.optim.SGD(model.parameters(), 0.05), distribute(model, loss), torch.Generator()
+    data, recipe = deal(digits("train", seed=0, size=256, digit_px=32), device), SimpleNamespace(batch=32)
+    optimiser, loss, order = torch.optim.SGD(model.parameters(), 0.03), distribute(model, loss), torch.Generator()
     torch.manual_seed(0)
     losses = []
     for epoch in range(4):
