@@ -90,7 +90,7 @@ def convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, border: Border) -
     products = torch.bmm((into @ x.reshape(len(x), -1)).view(len(into), *x.shape[1:]), factors)
     return (back @ products.flatten(1)).view(len(back), x.shape[1], -1) + layer.bias
 
-# %% ../nbs/00e_convolution.ipynb #3be2c1d1
+# %% ../nbs/00e_convolution.ipynb #cd1c2fc5
 _ALLOWED = ContextVar("whether fewer products are taken", default=True)
 
 
@@ -106,6 +106,6 @@ def library_convolutions() -> Iterator[None]:
 
 def pays(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """Whether `convolve` is the faster way for as many images as `x` has: on a CPU, in float32, for wide layers."""
-    plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    wide = x.dtype == torch.float32 and layer.in_channels >= 16 and len(x) >= 16
-    return plain and wide and _ALLOWED.get()
+    if not _ALLOWED.get() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32 and layer.in_channels >= 16 and len(x) >= 16

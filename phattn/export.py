@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .convolution import library_convolutions
 from .files import write_whole
 from .model import HardAttention, ModelConfig
 from .policy import expected_information_gain
@@ -61,7 +62,7 @@ class Gain(nn.Module):
         """State B×nh, log p(y|h) B×classes, places seen bool B×N, normal noise P×B×nz -> EIG B×N, nats; seen: -inf."""
         context, mean, log_variance = self.model.vae.encoder(h)
         z, _ = self.model.vae.flow(mean + noise * (0.5 * log_variance).exp(), context)
-        scores = expected_information_gain(self.model, self.model.vae.decoder(z), h, log_probs)
+        scores = expected_information_gain(self.model, self.model.vae.decoder(z), h, log_probs, together=True)
         lowest = torch.finfo(torch.float).min  # as in `look`: finite, so that no score ties with a place that is masked
         return scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(seen, -torch.inf)
 
@@ -90,7 +91,7 @@ def record(part: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedP
     """Record a part as a graph whose batch, and P of its `noise`, are free. Inputs: examples by name, in order."""
     batch, samples = (torch.export.Dim(name, max=2**20) for name in ("batch", "samples"))  # 2.6 needs a bound
     free = {name: {0: samples, 1: batch} if name == "noise" else {0: batch} for name in inputs}
-    with torch.no_grad():
+    with torch.no_grad(), library_convolutions():
         return torch.export.export(part, tuple(inputs.values()), dynamic_shapes=free, strict=False)
 
 # %% ../nbs/09c_export.ipynb #37222ecd

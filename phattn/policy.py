@@ -17,7 +17,9 @@ from .data import normalise
 from .model import HardAttention, evaluating
 
 # %% ../nbs/06_policy.ipynb #540bf3f7
-def expected_information_gain(model: HardAttention, features: Tensor, h: Tensor, log_probs: Tensor) -> Tensor:
+def expected_information_gain(
+    model: HardAttention, features: Tensor, h: Tensor, log_probs: Tensor, *, together: bool | None = None
+) -> Tensor:
     """How far looking at each candidate would move the belief, on average over imaginations.
 
     Args:
@@ -25,17 +27,19 @@ def expected_information_gain(model: HardAttention, features: Tensor, h: Tensor,
         features: imagined pixel features of all candidates, P×B×N×nf.
         h: states, B×nh.
         log_probs: log p(y|h), B×classes.
+        together: whether to look ahead with all P imaginations at once. When not given: not on a CPU, where the states
+            of one at a time stay in its cache.
 
     Returns:
         EIG in nats, B×N: the mean over P of KL[p(y|h after looking) ‖ p(y|h)].
     """
+    together = features.device.type != "cpu" if together is None else together
     places, gain = model.grid.candidates(features.device), 0.0
-    at_once = 1 if features.device.type == "cpu" and not torch.compiler.is_compiling() else len(features)
-    for part in features.split(at_once):  # on a CPU, the states of one imagination at a time stay in its cache
+    for part in [features] if together else features.split(1):
         f = model.glimpse.at(part, places)
         would = model.classifier(model.recurrence(f, h[:, None])).float().log_softmax(-1)
         gain = gain + (would.exp() * (would - log_probs[:, None])).sum(-1).sum(0)
-    return gain / len(features)
+    return gain / features.shape[0]
 
 # %% ../nbs/06_policy.ipynb #cf6f910d
 @dataclass
