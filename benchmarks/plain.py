@@ -1,6 +1,7 @@
 """The method as one would write it from the paper, a loop over t, a call a step, `repeat` to look ahead.
 
-It computes what `phattn` computes, with the same parameters. The decoder keeps channels first; the masked networks
+It computes what `phattn` computes, with the same parameters (but in the first phase's training, where BatchNorm sees the
+glimpses of one step here, and those of all steps there). The decoder keeps channels first; the masked networks
 multiply their weights by masks at each call; the spline is written with searches and gathers along the bins, on the
 inputs inside its box only. Nothing here is used by the package.
 """
@@ -22,13 +23,15 @@ class PlainDecoder(nn.Module):
         self.n, self.grow, self.refine, self.last = ours.n, ours.grow, ours.refine, ours.last
         side, _, channels = ours.norms[0].normalized_shape
         self.start = nn.ConvTranspose2d(ours.start.in_features, channels, side, bias=False)
-        self.start.weight = nn.Parameter(ours.start.weight.detach().view(side, side, channels, -1).permute(3, 2, 0, 1))
-        self.shift = nn.Parameter(ours.start.bias.detach().view(side, side, channels).permute(2, 0, 1))
+        weight = ours.start.weight.detach().view(side, side, channels, -1).permute(3, 2, 0, 1)
+        self.start.weight = nn.Parameter(weight.contiguous())
+        self.shift = nn.Parameter(ours.start.bias.detach().view(side, side, channels).permute(2, 0, 1).contiguous())
         self.norms = nn.ModuleList()
         for norm in ours.norms:
             height, width, channels = norm.normalized_shape
             plain = nn.LayerNorm((channels, height, width))
-            plain.weight.data, plain.bias.data = norm.weight.permute(2, 0, 1), norm.bias.permute(2, 0, 1)
+            plain.weight.data = norm.weight.detach().permute(2, 0, 1).contiguous()
+            plain.bias.data = norm.bias.detach().permute(2, 0, 1).contiguous()
             self.norms.append(plain)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def spline(x: Tensor, raw: Tensor, bound: float, least: float = 1e-3) -> tuple[T
 
 def flow(ours: ConditionalFlow, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """The flow, layer by layer: x B×D, a B×C -> z and its log-determinant."""
-    log_det = torch.zeros(len(x))
+    log_det = torch.zeros(len(x), device=x.device)
     for norm, layer in zip(ours.norms, ours.splines):
         scale, shift = norm.scale(a), norm.shift(a)
         x = x * norm.coeff.exp() * scale.sigmoid() + shift
@@ -93,7 +96,7 @@ class Plain:
 
     def __init__(self, model: HardAttention):
         self.model, self.decoder = model, PlainDecoder(model.vae.decoder)
-        self.candidates = model.grid.candidates()
+        self.candidates = model.grid.candidates(model.device)
 
     def glimpse(self, images: Tensor, locations: Tensor) -> Tensor:
         """f of one glimpse for each image, cut out one by one: B×nf."""
@@ -136,7 +139,7 @@ class Plain:
         """Loss of phase one."""
         h, loss = self.model.recurrence.start(len(images)), 0.0
         for _ in range(looks):
-            locations = torch.randint(images.shape[-1] - self.model.grid.glimpse + 1, (len(images), 2))
+            locations = torch.randint(images.shape[-1] - self.model.grid.glimpse + 1, (len(images), 2), device=images.device)
             h = self.model.recurrence(self.glimpse(images, locations), h)
             loss = loss + self.classify(h, labels) / looks
         return loss
@@ -145,8 +148,8 @@ class Plain:
         """Loss of phase two."""
         with torch.no_grad():
             target = self.model.glimpse.cnn(images)
-        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates)), 0.0
-        places = torch.rand(len(images), len(self.candidates)).argsort(-1)
+        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates), device=images.device), 0.0
+        places = torch.rand(len(images), len(self.candidates), device=images.device).argsort(-1)
         for t in range(looks):
             with torch.no_grad():
                 h = self.model.recurrence(self.glimpse(images, self.candidates[places[:, t]]), h)
@@ -158,22 +161,23 @@ class Plain:
         """Loss of phase three."""
         with torch.no_grad():
             target = self.model.glimpse.cnn(images)
-        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates)), 0.0
-        place = torch.randint(len(self.candidates), (len(images),))
-        for _ in range(looks):
+        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates), device=images.device), 0.0
+        place = torch.randint(len(self.candidates), (len(images),), device=images.device)
+        for t in range(looks):
             h = self.model.recurrence(self.glimpse(images, self.candidates[place]), h)
             seen[torch.arange(len(images)), place] = 1
             loss = loss + self.bound(h, target, seen.clone().view(-1, *target.shape[2:])) / looks
             loss = loss + ccebal * self.classify(h, labels) / looks
-            with evaluating(self.model):
-                place = (self.gain(h, 1) - 1e9 * seen).argmax(-1)
+            if t + 1 < looks:
+                with evaluating(self.model):
+                    place = (self.gain(h, 1) - 1e9 * seen).argmax(-1)
         return loss
 
     @torch.no_grad()
     def look(self, images: Tensor, looks: int, samples: int) -> Tensor:
         """The state after looking where EIG is largest."""
-        h, seen = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates))
-        place = torch.randint(len(self.candidates), (len(images),))
+        h, seen = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates), device=images.device)
+        place = torch.randint(len(self.candidates), (len(images),), device=images.device)
         for t in range(looks):
             h = self.model.recurrence(self.glimpse(images, self.candidates[place]), h)
             seen[torch.arange(len(images)), place] = 1

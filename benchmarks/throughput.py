@@ -5,7 +5,8 @@
     python benchmarks/throughput.py --widths digits --batch 512 --runs 9 --device cuda
 
 Both compute the same mathematics in float32 with the same parameters (`benchmarks/plain.py`); a training step includes
-the backward pass, clipping and Adam. The two take turns, so that a machine whose speed drifts treats them alike; the
+the backward pass, clipping and Adam (ours the fused one). Ours also keeps freed memory (`phattn.memory`), as on the
+command line. The two take turns, so that a machine whose speed drifts treats them alike; the
 figures are medians over the runs, the ratio is the median of the ratios run by run. "onnx" is looking with P = 20, by
 torch and by onnxruntime on the same threads (CPU only; left out where onnxruntime or its exporter is missing).
 """
@@ -13,6 +14,7 @@ torch and by onnxruntime on the same threads (CPU only; left out where onnxrunti
 import argparse
 import ctypes
 import json
+import os
 import platform
 import statistics
 import sys
@@ -56,9 +58,12 @@ def usual_memory() -> None:
         pass
 
 
-def turn(one: Callable, other: Callable, device: torch.device) -> tuple[float, float]:
-    """Seconds of each, after a call that is not counted; the second keeps freed memory, as `phattn` does."""
-    usual_memory()
+def turn(one: Callable, other: Callable, device: torch.device, alike: bool) -> tuple[float, float]:
+    """Seconds of each, after a call that is not counted.
+
+    The second keeps freed memory, as `phattn` on the command line does; the first only if they are to be treated alike.
+    """
+    keep_freed_memory() if alike else usual_memory()
     one()
     first = seconds(one, device)
     keep_freed_memory()
@@ -70,7 +75,7 @@ def pair(
     one: Callable, other: Callable, images: int, runs: int, device: torch.device, names: tuple[str, str] = PAIR
 ) -> dict[str, float]:
     """Medians over `runs` turns."""
-    times = [turn(one, other, device) for _ in range(runs)]
+    times = [turn(one, other, device, alike=names != PAIR) for _ in range(runs)]
     rates = [images / statistics.median(column) for column in zip(*times)]
     return dict(zip(names, rates)) | {"ratio": statistics.median(a / b for a, b in times)}
 
@@ -148,7 +153,7 @@ class _Pictures(torch.utils.data.Dataset):
 
 def pipeline(data: ImageSet, batch: int, runs: int, device: torch.device) -> dict[str, float]:
     """One epoch of augmented batches on the device. The loader's workers are started once, beforehand."""
-    loader = torch.utils.data.DataLoader(_Pictures(data), batch, shuffle=True, num_workers=2, persistent_workers=True)
+    loader = torch.utils.data.DataLoader(_Pictures(data), batch, shuffle=True, num_workers=os.cpu_count(), persistent_workers=True)
     resident, generator = data.to(device), torch.Generator().manual_seed(0)
 
     def theirs() -> None:

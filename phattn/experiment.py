@@ -55,7 +55,7 @@ class TrainOptions:
         seed: of everything random.
         device: auto, cpu, cuda, cuda:1, mps …; auto takes the best there is.
         bf16: autocast to bfloat16.
-        compile: compile F's convolutions, the flow and D with torch.compile.
+        compile: compile the flow and, but on a CPU, F's convolutions and D with torch.compile.
         on_nonfinite: what to do about a step whose loss or gradient is not finite: "stop" with an error, or "skip" its
             update, up to 10 times in each phase.
     """

@@ -134,9 +134,9 @@ class GlimpseNetwork(nn.Module):
     def pixels(self, glimpses: Tensor) -> Tensor:
         """c(glimpse): features of the pixels alone. …×3×g×g -> …×nf."""
         x = glimpses.flatten(0, -4)
-        widest = self.cnn[-2][0]
-        c = self._in_fewer_products(x) if pays(widest, x) else self.cnn(x)
-        return c.view(*glimpses.shape[:-3], -1)
+        fewer = len(self.cnn) > 2 and pays(self.cnn[1][0], x, self.grid.glimpse - 2, "valid")
+        c = self._in_fewer_products(x) if fewer else self.cnn(x)
+        return c.view(*glimpses.shape[:-3], self.place.out_features)
 
     def _in_fewer_products(self, glimpses: Tensor) -> Tensor:
         """The same as `cnn`, with places first: S×B×C from layer to layer."""

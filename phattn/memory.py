@@ -8,14 +8,15 @@ __all__ = ['keep_freed_memory']
 # %% ../nbs/00f_memory.ipynb #f6689a62
 import ctypes
 
-# %% ../nbs/00f_memory.ipynb #45391955
+# %% ../nbs/00f_memory.ipynb #3dde5ee3
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for its next tensors, rather than give it back to the system.
 
-    A setting of glibc's allocator for the whole process. Its size stays at its peak; blocks over 1 GiB are given back.
+    A setting of glibc's allocator for the whole process. Its size stays at its peak; blocks over 1 GiB (an older
+    glibc: 32 MiB) are given back.
 
     Returns:
         Whether there is a glibc that does so. Elsewhere nothing happens.
@@ -26,4 +27,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(_MMAP_THRESHOLD, 2**30))
+    large = mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)  # an older glibc refuses over 32 MiB
+    return bool(large) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))

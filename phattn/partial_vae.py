@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         """Decode.
 
         Args:
-            z: latents, …×nz.
+            z: latents, …×nz, with one or more leading dimensions.
             places: candidates whose features are wanted, long, …×M; all N in row-major order when not given.
 
         Returns:
@@ -81,18 +81,18 @@ class Decoder(nn.Module):
         for layer, norm in zip([*self.grow, *self.refine], norms):
             x = norm(leaky_relu(_convolve(layer, x)))
         if places is None:
-            return _convolve(self.last, x).reshape(*z.shape[:-1], self.n**2, -1)
+            return _convolve(self.last, x).reshape(*z.shape[:-1], self.n**2, self.last.out_channels)
         places = places.expand(*z.shape[:-1], -1).flatten(0, -2)
-        return _convolve_at(self.last, x, places).view(*z.shape[:-1], places.shape[-1], -1)
+        return _convolve_at(self.last, x, places).view(*z.shape[:-1], places.shape[-1], self.last.out_channels)
 
 # %% ../nbs/04_partial_vae.ipynb #b6238863
 def _convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """A layer on maps B×side×side×C; one that keeps the side repeats the border."""
-    grows = isinstance(layer, nn.ConvTranspose2d)
-    if pays(layer, x):
-        y = convolve(layer, x.flatten(1, 2).transpose(0, 1), "full" if grows else "repeat").transpose(0, 1)
-        side = x.shape[1] + 2 * grows
-        return y.unflatten(1, (side, side))
+    grows, side = isinstance(layer, nn.ConvTranspose2d), x.shape[1]
+    border = "full" if grows else "repeat"
+    if pays(layer, x, side, border):
+        y = convolve(layer, x.flatten(1, 2).transpose(0, 1), border).transpose(0, 1)
+        return y.unflatten(1, (side + 2 * grows, side + 2 * grows))
     x = x if grows else _repeat_border(x)
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -103,7 +103,7 @@ def _convolve_at(layer: nn.Conv2d, x: Tensor, places: Tensor) -> Tensor:
     near = torch.arange(side)[:, None].add(torch.arange(-1, 2)).clamp(0, side - 1).to(x.device)
     near = (near[:, None, :, None] * side + near[:, None]).view(side**2, 9)[places]
     near = near + torch.arange(len(x), device=x.device)[:, None, None] * side**2
-    patches = x.flatten(0, 2).index_select(0, near.flatten()).view(*places.shape, -1)
+    patches = x.flatten(0, 2).index_select(0, near.flatten()).view(*places.shape, 9 * x.shape[-1])
     return linear(patches, layer.weight.permute(0, 2, 3, 1).flatten(1), layer.bias)
 
 

@@ -27,19 +27,22 @@ def expected_information_gain(
         features: imagined pixel features of all candidates, P×B×N×nf.
         h: states, B×nh.
         log_probs: log p(y|h), B×classes.
-        together: whether to look ahead with all P imaginations at once. When not given: not on a CPU, where the states
-            of one at a time stay in its cache.
+        together: whether to look ahead with all P imaginations at once. When not given, a CPU takes as many at a time as
+            have their states in its cache.
 
     Returns:
         EIG in nats, B×N: the mean over P of KL[p(y|h after looking) ‖ p(y|h)].
     """
     together = features.device.type != "cpu" if together is None else together
     places, gain = model.grid.candidates(features.device), 0.0
-    for part in [features] if together else features.split(1):
+    for part in [features] if together else features.split(max(1, _IN_CACHE // (h.numel() * len(places) or 1))):
         f = model.glimpse.at(part, places)
         would = model.classifier(model.recurrence(f, h[:, None])).float().log_softmax(-1)
         gain = gain + (would.exp() * (would - log_probs[:, None])).sum(-1).sum(0)
     return gain / features.shape[0]
+
+
+_IN_CACHE = 2**20  # numbers
 
 # %% ../nbs/06_policy.ipynb #cf6f910d
 @dataclass

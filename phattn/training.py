@@ -50,7 +50,7 @@ class Recipe:
             unbiased estimate of the whole.
         augment: whether images are augmented.
         seed: of everything random in the phase.
-        bf16: autocast to bfloat16. compile: compile F's convolutions, the flow and D.
+        bf16: autocast to bfloat16. compile: compile the flow and, but on a CPU, F's convolutions and D.
         on_nonfinite: what to do about a step whose loss or gradient is not finite: "stop" with an error, or "skip" its
             update, up to 10 times in the phase.
 
@@ -372,6 +372,8 @@ def learn(
 ) -> list[dict[str, Any]]:
     """Train by a recipe, in place: Adam, the gradient's norm clipped at 10.
 
+    Warning: on a CPU it calls `phattn.memory.keep_freed_memory`, a setting of the whole process.
+
     Args:
         model: what `loss` takes first; on the device of the data, in the mode to train in.
         loss: (model, images B×3×H×W, labels B, recipe) -> a scalar, and tensors to log: scalars, or one number a look.
@@ -433,8 +435,10 @@ def train_phase(
     match(model)
     parameters = prepare(model, recipe.phase)
     if recipe.compile:
-        for part in (model.glimpse.cnn, model.vae.flow, model.vae.decoder):
-            part.compile()
+        model.vae.flow.compile()
+        if model.device.type != "cpu":  # where convolutions in fewer products are faster than compiled ones
+            model.glimpse.cnn.compile()
+            model.vae.decoder.compile()
     if recipe.phase == "second":
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             _start_flow(model, data, recipe)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from phattn.convolution import convolve, fewer_products
+from phattn.convolution import convolve, fewer_products, library_convolutions, pays
 
 
 def _library(layer, x, border):
@@ -40,3 +40,18 @@ def test_rounding_errors_stay_small():
 def test_products_are_fewer():
     for side, border, most in [(7, "repeat", 121), (5, "full", 73), (6, "valid", 52)]:
         assert len(fewer_products(side, border)[0]) <= most
+
+
+def test_other_layers_are_refused():
+    with pytest.raises(ValueError, match="layer must be 3×3"):
+        convolve(nn.Conv2d(2, 2, 5), torch.zeros(49, 1, 2), "repeat")
+    assert convolve(nn.Conv2d(2, 3, 3, bias=False), torch.ones(49, 0, 2), "repeat").shape == (49, 0, 3)
+
+
+def test_a_few_images_thin_layers_and_large_maps_are_left_to_the_library():
+    wide, thin, many = nn.Conv2d(128, 128, 3), nn.Conv2d(16, 16, 3), torch.zeros(16)
+    assert pays(wide, many, 7, "repeat") and pays(wide, many, 6, "valid")
+    assert not pays(thin, many, 7, "repeat") and not pays(wide, many, 40, "repeat")
+    assert not pays(wide, many[:15], 7, "repeat") and not pays(wide, many.double(), 7, "repeat")
+    with library_convolutions():
+        assert not pays(wide, many, 7, "repeat")

@@ -32,6 +32,7 @@ def test_many_maps_are_decoded_as_one_is():
     torch.manual_seed(0)
     decoder, z = Decoder(7, 4, 64, 2), torch.randn(40, 4)  # 40: fewer products; 1: the library's convolution
     assert torch.allclose(decoder(z), torch.cat([decoder(one[None]) for one in z]), atol=1e-4)
+    assert decoder(z[:0]).shape == (0, 49, 64)
 
 
 def _small_vae(n=3, hidden=12, features=4, latent=6, layers=1):
