@@ -1,9 +1,9 @@
 """The method as one would write it from the paper, a loop over t, a call a step, `repeat` to look ahead.
 
-It computes what `phattn` computes, with the same parameters (but in the first phase's training, where BatchNorm sees the
-glimpses of one step here, and those of all steps there). The decoder keeps channels first; the masked networks
-multiply their weights by masks at each call; the spline is written with searches and gathers along the bins, on the
-inputs inside its box only. Nothing here is used by the package.
+It computes what `phattn` computes, with the same parameters. (In the training of phase one, BatchNorm sees the glimpses
+of one step here, and those of all steps there.) The decoder keeps channels first; the masked networks multiply their
+weights by masks at each call; the spline is written with searches and gathers along the bins, on the inputs inside its
+box only. Nothing here is used by the package.
 """
 
 import torch
@@ -135,11 +135,28 @@ class Plain:
         would = model.classifier(ahead).log_softmax(-1).view(samples, batch, n, -1)
         return (would.exp() * (would - belief[:, None])).sum(-1).mean(0)
 
+    def nowhere(self, images: Tensor) -> Tensor:
+        """No place seen yet: zeros, B×N."""
+        return torch.zeros(len(images), len(self.candidates), device=images.device)
+
+    def anywhere(self, images: Tensor) -> Tensor:
+        """A random candidate for each image: B."""
+        return torch.randint(len(self.candidates), (len(images),), device=images.device)
+
+    def shuffled(self, images: Tensor) -> Tensor:
+        """All candidates in random order for each image: B×N."""
+        return torch.rand(len(images), len(self.candidates), device=images.device).argsort(-1)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """A random place for each image, at any pixel: B×2."""
+        side = images.shape[-1] - self.model.grid.glimpse + 1
+        return torch.randint(side, (len(images), 2), device=images.device)
+
     def first(self, images: Tensor, labels: Tensor, looks: int) -> Tensor:
         """Loss of phase one."""
         h, loss = self.model.recurrence.start(len(images)), 0.0
         for _ in range(looks):
-            locations = torch.randint(images.shape[-1] - self.model.grid.glimpse + 1, (len(images), 2), device=images.device)
+            locations = self.pixels(images)
             h = self.model.recurrence(self.glimpse(images, locations), h)
             loss = loss + self.classify(h, labels) / looks
         return loss
@@ -148,8 +165,8 @@ class Plain:
         """Loss of phase two."""
         with torch.no_grad():
             target = self.model.glimpse.cnn(images)
-        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates), device=images.device), 0.0
-        places = torch.rand(len(images), len(self.candidates), device=images.device).argsort(-1)
+        h, seen, loss = self.model.recurrence.start(len(images)), self.nowhere(images), 0.0
+        places = self.shuffled(images)
         for t in range(looks):
             with torch.no_grad():
                 h = self.model.recurrence(self.glimpse(images, self.candidates[places[:, t]]), h)
@@ -161,8 +178,8 @@ class Plain:
         """Loss of phase three."""
         with torch.no_grad():
             target = self.model.glimpse.cnn(images)
-        h, seen, loss = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates), device=images.device), 0.0
-        place = torch.randint(len(self.candidates), (len(images),), device=images.device)
+        h, seen, loss = self.model.recurrence.start(len(images)), self.nowhere(images), 0.0
+        place = self.anywhere(images)
         for t in range(looks):
             h = self.model.recurrence(self.glimpse(images, self.candidates[place]), h)
             seen[torch.arange(len(images)), place] = 1
@@ -176,8 +193,8 @@ class Plain:
     @torch.no_grad()
     def look(self, images: Tensor, looks: int, samples: int) -> Tensor:
         """The state after looking where EIG is largest."""
-        h, seen = self.model.recurrence.start(len(images)), torch.zeros(len(images), len(self.candidates), device=images.device)
-        place = torch.randint(len(self.candidates), (len(images),), device=images.device)
+        h, seen = self.model.recurrence.start(len(images)), self.nowhere(images)
+        place = self.anywhere(images)
         for t in range(looks):
             h = self.model.recurrence(self.glimpse(images, self.candidates[place]), h)
             seen[torch.arange(len(images)), place] = 1

@@ -6,9 +6,9 @@
 
 Both compute the same mathematics in float32 with the same parameters (`benchmarks/plain.py`); a training step includes
 the backward pass, clipping and Adam (ours the fused one). Ours also keeps freed memory (`phattn.memory`), as on the
-command line. The two take turns, so that a machine whose speed drifts treats them alike; the
-figures are medians over the runs, the ratio is the median of the ratios run by run. "onnx" is looking with P = 20, by
-torch and by onnxruntime on the same threads (CPU only; left out where onnxruntime or its exporter is missing).
+command line. The two take turns, so that a machine whose speed drifts treats them alike; the figures are medians over
+the runs, the ratio is the median of the ratios run by run. "onnx" is looking with P = 20, by torch and by onnxruntime on
+the same threads (CPU only; left out where onnxruntime or its exporter is missing).
 """
 
 import argparse
@@ -153,7 +153,8 @@ class _Pictures(torch.utils.data.Dataset):
 
 def pipeline(data: ImageSet, batch: int, runs: int, device: torch.device) -> dict[str, float]:
     """One epoch of augmented batches on the device. The loader's workers are started once, beforehand."""
-    loader = torch.utils.data.DataLoader(_Pictures(data), batch, shuffle=True, num_workers=os.cpu_count(), persistent_workers=True)
+    many = dict(num_workers=os.cpu_count(), persistent_workers=True)
+    loader = torch.utils.data.DataLoader(_Pictures(data), batch, shuffle=True, **many)
     resident, generator = data.to(device), torch.Generator().manual_seed(0)
 
     def theirs() -> None:

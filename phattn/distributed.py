@@ -162,8 +162,8 @@ class OneBatch(TorchFunctionMode):
 
     Raises:
         ValueError: for a batch without equal shares; and within, for a draw whose first dimension (those of 1 apart) has
-            not as many rows as this process. Warning: one that has as many by chance is taken for images, and functions
-            that draw otherwise (`torch.bernoulli`, `normal_` …) are not caught.
+            not as many rows as this process. Warning: one that has as many by chance is taken for images, and draws by
+            other functions (`torch.bernoulli`, `normal_` …) are not caught.
     """
 
     def __init__(self, batch: int):

@@ -27,8 +27,8 @@ def expected_information_gain(
         features: imagined pixel features of all candidates, P×B×N×nf.
         h: states, B×nh.
         log_probs: log p(y|h), B×classes.
-        together: whether to look ahead with all P imaginations at once. When not given, a CPU takes as many at a time as
-            have their states in its cache.
+        together: whether to look ahead with all P imaginations at once. When not given, a CPU takes as many at a time
+            as have their states in its cache.
 
     Returns:
         EIG in nats, B×N: the mean over P of KL[p(y|h after looking) ‖ p(y|h)].
