@@ -7,8 +7,8 @@
 Both compute the same mathematics in float32 with the same parameters (`benchmarks/plain.py`); a training step includes
 the backward pass, clipping and Adam (ours the fused one). Ours also keeps freed memory (`phattn.memory`), as on the
 command line. The two take turns, so that a machine whose speed drifts treats them alike; the figures are medians over
-the runs, the ratio is the median of the ratios run by run. "onnx" is looking with P = 20, by torch and by onnxruntime on
-the same threads (CPU only; left out where onnxruntime or its exporter is missing).
+the runs, the ratio is the median of the ratios run by run. "onnx" is looking with P = 20, by torch and by onnxruntime
+on the same threads (CPU only; left out where onnxruntime or its exporter is missing).
 """
 
 import argparse

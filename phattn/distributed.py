@@ -161,9 +161,9 @@ class OneBatch(TorchFunctionMode):
         batch: images of the whole batch.
 
     Raises:
-        ValueError: for a batch without equal shares; and within, for a draw whose first dimension (those of 1 apart) has
-            not as many rows as this process. Warning: one that has as many by chance is taken for images, and draws by
-            other functions (`torch.bernoulli`, `normal_` …) are not caught.
+        ValueError: for a batch without equal shares; and within, for a draw whose first dimension (those of 1 apart)
+            has not as many rows as this process. Warning: one that has as many by chance is taken for images, and draws
+            by other functions (`torch.bernoulli`, `normal_` …) are not caught.
     """
 
     def __init__(self, batch: int):
