@@ -139,14 +139,13 @@ class GlimpseNetwork(nn.Module):
         return c.view(*glimpses.shape[:-3], self.place.out_features)
 
     def _in_fewer_products(self, glimpses: Tensor) -> Tensor:
-        """The same as `cnn`, with places first: S×B×C from layer to layer."""
+        """The same as `cnn`, with channels last: B×S×C from layer to layer, a table of B·S rows for BatchNorm."""
         (conv, act, norm), *blocks, last = self.cnn
-        x = norm(act(conv(glimpses))).permute(2, 3, 0, 1).flatten(0, 1)
+        maps = act(conv(glimpses.contiguous(memory_format=torch.channels_last)))
+        x = _normalise(norm, maps.permute(0, 2, 3, 1).flatten(1, 2))
         for conv, act, norm in blocks:
-            x = act(convolve(conv, x, "valid"))
-            x = norm(x.flatten(0, 1)[..., None, None]).view_as(x)
-        weight = last.weight.permute(0, 2, 3, 1).flatten(1)
-        return nn.functional.linear(x.transpose(0, 1).flatten(1), weight, last.bias)
+            x = _normalise(norm, act(convolve(conv, x, "valid")))
+        return nn.functional.linear(x.flatten(1), last.weight.permute(0, 2, 3, 1).flatten(1), last.bias)
 
     def map(self, images: Tensor) -> Tensor:
         """c(x): `pixels` of the glimpses at all candidates. B×3×H×W -> B×N×nf, candidates in row-major order."""
@@ -166,3 +165,8 @@ class GlimpseNetwork(nn.Module):
     def forward(self, glimpses: Tensor, locations: Tensor) -> Tensor:
         """f of glimpses …×3×g×g seen at locations …×2 (row, column; pixels): …×nf."""
         return self.at(self.pixels(glimpses), locations)
+
+
+def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """BatchNorm of B×S×C, per channel."""
+    return norm(x.flatten(0, 1)[..., None, None]).view_as(x)

@@ -91,8 +91,7 @@ def _convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
     grows, side = isinstance(layer, nn.ConvTranspose2d), x.shape[1]
     border = "full" if grows else "repeat"
     if pays(layer, x, side, border):
-        y = convolve(layer, x.flatten(1, 2).transpose(0, 1), border).transpose(0, 1)
-        return y.unflatten(1, (side + 2 * grows, side + 2 * grows))
+        return convolve(layer, x.flatten(1, 2), border).unflatten(1, (side + 2 * grows, side + 2 * grows))
     x = x if grows else _repeat_border(x)
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
