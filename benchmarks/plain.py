@@ -102,7 +102,7 @@ class Plain:
         """f of one glimpse for each image, cut out one by one: B×nf."""
         g = self.model.grid.glimpse
         cut = [image[:, row : row + g, col : col + g] for image, (row, col) in zip(images, locations.tolist())]
-        return self.model.glimpse(torch.stack(cut), locations)
+        return self.model.glimpse.at(self.model.glimpse.cnn(torch.stack(cut)).flatten(1), locations)
 
     def classify(self, h: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy after one step."""

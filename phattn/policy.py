@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.linalg import vector_norm
+from torch.nn.functional import leaky_relu, linear, one_hot
 
+from .convolution import weights_stay
 from .data import normalise
 from .model import HardAttention, evaluating
 
@@ -28,21 +30,32 @@ def expected_information_gain(
         h: states, B×nh.
         log_probs: log p(y|h), B×classes.
         together: whether to look ahead with all P imaginations at once. When not given, a CPU takes as many at a time
-            as have their states in its cache.
+            as have their states in 32 MB.
 
     Returns:
         EIG in nats, B×N: the mean over P of KL[p(y|h after looking) ‖ p(y|h)].
     """
-    together = features.device.type != "cpu" if together is None else together
-    places, gain = model.grid.candidates(features.device), 0.0
-    for part in [features] if together else features.split(max(1, _IN_CACHE // (h.numel() * len(places) or 1))):
-        f = model.glimpse.at(part, places)
-        would = model.classifier(model.recurrence(f, h[:, None])).float().log_softmax(-1)
+    together, gain = features.device.type != "cpu" if together is None else together, 0.0
+    at_once = max(1, 2**23 // (h.numel() * model.grid.count or 1))
+    for part in [features] if together else features.split(at_once):
+        would = _look_ahead(model, part, h).float().log_softmax(-1)
         gain = gain + (would.exp() * (would - log_probs[:, None])).sum(-1).sum(0)
     return gain / features.shape[0]
 
-
-_IN_CACHE = 2**20  # numbers
+# %% ../nbs/06_policy.ipynb #6b1f9c02
+def _look_ahead(model: HardAttention, features: Tensor, h: Tensor) -> Tensor:
+    """Logits after looking at each candidate: imagined features P×B×N×nf, states B×nh -> P×B×N×classes."""
+    glimpse, recurrence, classifier = model.glimpse, model.recurrence, model.classifier.linear
+    scale = glimpse.norm.weight * (glimpse.norm.running_var + glimpse.norm.eps).rsqrt()
+    shift = glimpse.norm.bias - glimpse.norm.running_mean * scale
+    from_state = recurrence.from_state(h) + recurrence.from_glimpse(shift)
+    place = glimpse.place(model.grid.scale(model.grid.candidates(h.device)))
+    v = linear(leaky_relu(features + place), recurrence.from_glimpse.weight * scale)
+    v = leaky_relu(v.add_(from_state[:, None]), inplace=True)
+    mean, square = v.mean(-1, keepdim=True), vector_norm(v, dim=-1, keepdim=True).square() / v.shape[-1]
+    deviation = ((square - mean.square()).clamp_min(0) + recurrence.norm.eps).sqrt()
+    weight = classifier.weight * recurrence.norm.weight
+    return (linear(v, weight) - mean * weight.sum(1)) / deviation + classifier(recurrence.norm.bias)
 
 # %% ../nbs/06_policy.ipynb #cf6f910d
 @dataclass
@@ -188,7 +201,7 @@ def look(
     if not 1 <= looks <= grid.count:
         raise ValueError(f"looks must be from 1 to {grid.count}, the number of candidates, got {looks}")
     place = _first(first, len(images), grid.count, generator).to(model.device)
-    with evaluating(model):
+    with evaluating(model), weights_stay():
         steps = list(_looks(model, images, policy, looks, place, generator, stop_below))
     place, log_probs, taken = (torch.stack(part, 1) for part in list(zip(*steps))[:3])
     maps = [scores.view(-1, grid.n, grid.n) for *_, scores in steps[:-1]]

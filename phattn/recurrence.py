@@ -39,7 +39,7 @@ class Recurrence(nn.Module):
         Returns:
             The state after it, broadcast …×nh.
         """
-        return self.norm(nn.functional.leaky_relu(self.from_state(h) + self.from_glimpse(f)))
+        return self.norm(nn.functional.leaky_relu(self.from_state(h) + self.from_glimpse(f), inplace=True))
 
 # %% ../nbs/02_recurrence.ipynb #481cf741
 class Classifier(nn.Module):

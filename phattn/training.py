@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from tqdm import tqdm
 
+from .convolution import weights_stay
 from .data import ImageSet
 from .distributed import SharedImages, average, distribute, from_first, match, rank, share, world_size
 from .memory import keep_freed_memory
@@ -172,6 +173,7 @@ def second_loss(model: HardAttention, images: Tensor, labels: Tensor, recipe: Re
     return _imagine(model, h, pixels, places, recipe.elbo_steps)
 
 # %% ../nbs/07_training.ipynb #c7691586
+@weights_stay()
 def third_loss(model: HardAttention, images: Tensor, labels: Tensor, recipe: Recipe) -> Loss:
     """Phase three: L_V / nz + ccebal · cross-entropy along T looks, the first random and the next chosen by EIG."""
     candidates = model.grid.candidates(images.device)

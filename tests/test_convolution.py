@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from phattn.convolution import convolve, fewer_products, library_convolutions, pays
+from phattn.convolution import convolve, fewer_products, library_convolutions, pays, weights_stay
 
 
 def _library(layer, x, border):
@@ -48,6 +48,17 @@ def test_rounding_errors_stay_small(side, border):
 def test_products_are_fewer():
     for side, border, most in [(7, "repeat", 97), (5, "full", 61), (6, "valid", 36), (12, "repeat", 292)]:
         assert len(fewer_products(side, border)[0]) <= most
+
+
+def test_weights_are_transformed_again_once_they_may_have_changed():
+    layer, x = nn.Conv2d(8, 8, 3), torch.randn(2, 49, 8)
+    with torch.no_grad(), weights_stay():
+        first = convolve(layer, x, "repeat")
+        layer.weight *= 2  # the promise is broken, and so it shows
+        assert torch.equal(convolve(layer, x, "repeat"), first)
+        with torch.enable_grad():
+            assert not torch.equal(convolve(layer, x, "repeat"), first)
+    assert not torch.equal(convolve(layer, x, "repeat"), first)
 
 
 def test_other_layers_are_refused():
