@@ -119,7 +119,7 @@ def normalise(images: Tensor) -> Tensor:
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise TypeError(f"images: got {_kind(images)}; must be a uint8 tensor")
-    return images.to(torch.float32) / 127.5 - 1
+    return images.to(torch.float32).div_(127.5).sub_(1)
 
 
 def denormalise(x: Tensor) -> Tensor:
@@ -137,9 +137,12 @@ def _batches(
     order = None if generator is None else torch.randperm(len(images), generator=generator).to(images.device)
     stop = len(images) - len(images) % size if drop_last else len(images)
     for start in range(0, stop, size):
-        pick = slice(start, start + size) if order is None else order[start : start + size]
-        x = normalise(images[pick])
-        yield (augment(x, generator) if augmented else x), labels[pick]
+        pick = slice(start, start + size)
+        if order is None:
+            x, y = normalise(images[pick]), labels[pick]
+        else:
+            x, y = normalise(images.index_select(0, order[pick])), labels.index_select(0, order[pick])
+        yield (augment(x, generator) if augmented else x), y
 
 # %% ../nbs/00_data.ipynb #939be00d
 def _check_images(images: Tensor) -> None:
@@ -388,27 +391,28 @@ def _crop(x: Tensor, box: Tensor, flip: Tensor) -> Tensor:
     side = x.shape[-1]
     centres = (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5) / side
     corner, extent = box[:, :2, None], box[:, 2:, None]
-    rows, columns = (corner + torch.minimum((centres * extent - 0.5).clamp(min=0), extent - 1)).unbind(1)
+    places = corner + torch.minimum((centres * extent - 0.5).clamp(min=0), extent - 1)
+    rows, columns = (places * (2 / (side - 1)) - 1).unbind(1)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     places = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), -1)
-    return F.grid_sample(x, places * (2 / (side - 1)) - 1, mode="bilinear", align_corners=True)
+    return F.grid_sample(x, places, mode="bilinear", align_corners=True)
 
 # %% ../nbs/00_data.ipynb #05bec0a6
 def _jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """Change brightness (0), contrast (1) and saturation (2) of each image in its own order.
 
     Args:
-        x: images B×3×H×W in [0, 1].
+        x: images B×3×H×W in [0, 1]; changed in place.
         order: the three changes, as integers, in the order in which each image takes them, B×3.
         factor: of brightness, contrast and saturation, B×3.
     """
-    weights = x.new_tensor(_LUMINANCE)[:, None, None]
+    weights = x.new_tensor(_LUMINANCE)
     for step in range(3):
         change = order[:, step, None, None, None]
         a = factor.gather(1, order[:, step : step + 1])[..., None, None]
-        grey = (x * weights).sum(1, keepdim=True)
+        grey = (weights @ x.flatten(2)).view_as(x[:, :1])
         base = torch.where(change == 2, grey, (change == 1) * grey.mean((2, 3), keepdim=True))
-        x = torch.lerp(base, x, a).clamp_(0, 1)
+        x = torch.lerp(base, x, a, out=x).clamp_(0, 1)
     return x
 
 # %% ../nbs/00_data.ipynb #4fdd124d
@@ -444,8 +448,8 @@ def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     flip = torch.rand(count, 1, generator=generator) < 0.5
     draws = torch.cat([_boxes(count, side, generator), flip, *_colour_draws(count, generator)], 1)
     draws = draws.to(images, non_blocking=True)
-    x = _crop(images / 2 + 0.5, draws[:, :4], draws[:, 4].bool())
-    return _jitter(x, draws[:, 5:8].long(), draws[:, 8:]) * 2 - 1
+    x = _crop(images, draws[:, :4], draws[:, 4].bool()).mul_(0.5).add_(0.5)
+    return _jitter(x, draws[:, 5:8].long(), draws[:, 8:]).mul_(2).sub_(1)
 
 
 def _check_floats(images: Tensor) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 # %% ../nbs/03_flows.ipynb #d235fd6f
 def _bin_forward(x, x0, w, y0, h, d0, d1):
     s, z = h / w, ((x - x0) / w).clamp(0, 1)
-    y = y0 + h * (s * z**2 + d0 * z * (1 - z)) / (s + (d0 + d1 - 2 * s) * z * (1 - z))
-    return y, _log_slope(z, s, d0, d1)
+    rest = z * (1 - z)
+    below = s + (d0 + d1 - 2 * s) * rest
+    return y0 + h * (s * z**2 + d0 * rest) / below, _log_slope(z, s, d0, d1, rest, below)
 
 
 def _bin_inverse(y, x0, w, y0, h, d0, d1):
@@ -25,13 +26,13 @@ def _bin_inverse(y, x0, w, y0, h, d0, d1):
     a, b, c = s - d0 + bend, d0 - bend, -s * t
     root = (b**2 - 4 * a * c).clamp_min(torch.finfo(t.dtype).eps ** 2).sqrt()
     z = (2 * c / (-b - root)).clamp(0, 1)
-    return x0 + z * w, -_log_slope(z, s, d0, d1)
-
-
-def _log_slope(z, s, d0, d1):
     rest = z * (1 - z)
+    return x0 + z * w, -_log_slope(z, s, d0, d1, rest, s + (d0 + d1 - 2 * s) * rest)
+
+
+def _log_slope(z, s, d0, d1, rest, below):
     top = d1 * z**2 + 2 * s * rest + d0 * (1 - z) ** 2
-    return 2 * s.log() + top.log() - 2 * (s + (d0 + d1 - 2 * s) * rest).log()
+    return (top * (s / below) ** 2).log()
 
 # %% ../nbs/03_flows.ipynb #33f59577
 def rational_quadratic_spline(
