@@ -185,10 +185,9 @@ def main() -> None:
     data = ImageSet(torch.randint(256, shape, dtype=torch.uint8), labels, tuple(map(str, range(config.classes))))
     images, labels = normalise(data.images[: options.batch]).to(device), labels[: options.batch].to(device)
 
-    results = phases(model, images, labels, options.runs)
     few = images[:64] if device.type == "cpu" else images  # 512 would take the plain version minutes
-    results["look1"] = looking(model, few, 1, options.runs)
-    results["look20"] = looking(model, few, 20, options.runs)
+    looks = {f"look{samples}": looking(model, few, samples, options.runs) for samples in (1, 20)}
+    results = phases(model, images, labels, options.runs) | looks
     results["input"] = pipeline(data, options.batch, options.runs, device)
     if device.type == "cpu" and (result := deployed(model, data[: len(few)], 20, options.runs)):
         results["onnx"] = result
