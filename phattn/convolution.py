@@ -32,8 +32,13 @@ def fewer_products(side: int, border: Border) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         B (R×side²), G (R×9) and A (side of the result²×R), float64, with R products.
 
+    Raises:
+        ValueError: for a smaller side.
+
     Reference: A. L. Toom, 1963; S. Winograd, Arithmetic Complexity of Computations, 1980.
     """
+    if side < (3 if border == "valid" else 1):
+        raise ValueError(f"side must be at least {3 if border == 'valid' else 1} for {border!r}, got {side}")
     length = _length(side, border)
     real, upper = _points(length)
     points = torch.cat([real, upper, upper.conj()])
@@ -94,11 +99,14 @@ def convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, border: Border) -
         B×S'×C'.
 
     Raises:
-        ValueError: for a layer that is not a plain 3×3 convolution.
+        ValueError: for a layer that is not a plain 3×3 convolution, or maps that are not square.
     """
     if layer.kernel_size != (3, 3) or (layer.stride, layer.dilation, layer.groups) != ((1, 1), (1, 1), 1):
         raise ValueError(f"layer must be 3×3 with stride, dilation and groups of 1, got {layer}")
-    into, taps, back = (matrix.to(x) for matrix in fewer_products(math.isqrt(x.shape[1]), border))
+    side = math.isqrt(x.shape[1])
+    if side**2 != x.shape[1]:
+        raise ValueError(f"x must hold square maps, B×side²×C, got {tuple(x.shape)}")
+    into, taps, back = (matrix.to(x) for matrix in fewer_products(side, border))
     left = torch.bmm(into.expand(len(x), -1, -1), x)
     products = torch.bmm(left.transpose(0, 1), _factors(layer, taps, border)).transpose(0, 1)
     result = torch.bmm(back.expand(len(x), -1, -1), products)
@@ -111,7 +119,7 @@ _KEPT: ContextVar[dict | None] = ContextVar("right factors by layer", default=No
 @contextmanager
 def weights_stay() -> Iterator[None]:
     """Promise that no weight changes for the length of a block, so that without gradients each is transformed once."""
-    token = _KEPT.set({})
+    token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
     try:
         yield
     finally:
@@ -120,13 +128,15 @@ def weights_stay() -> Iterator[None]:
 
 def _factors(layer: nn.Conv2d | nn.ConvTranspose2d, taps: Tensor, border: Border) -> Tensor:
     """G w: R×C×C'."""
-    kept = _KEPT.get()
-    kept = {} if kept is None or torch.is_grad_enabled() else kept
-    if (layer, len(taps)) not in kept:
-        weight = layer.weight.flatten(2)
-        right = (taps @ weight.flatten(0, 1).T).view(len(taps), *weight.shape[:2])
-        kept[layer, len(taps)] = right if border == "full" else right.transpose(1, 2)
-    return kept[layer, len(taps)]
+    kept, key = None if torch.is_grad_enabled() else _KEPT.get(), (layer, border, len(taps))
+    if kept and key in kept:
+        return kept[key]
+    weight = layer.weight.flatten(2)
+    right = (taps @ weight.flatten(0, 1).T).view(len(taps), *weight.shape[:2])
+    right = right if border == "full" else right.transpose(1, 2)
+    if kept is not None and right.numel() <= 2**22:
+        kept[key] = right
+    return right
 
 # %% ../nbs/00e_convolution.ipynb #cd1c2fc5
 _ALLOWED = ContextVar("whether fewer products are taken", default=True)
@@ -155,6 +165,6 @@ def pays(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, side: int, border: Bo
     length, pairs = _length(side, border), layer.in_channels * layer.out_channels
     result = length if border == "full" else length - 2
     products = (3 * length**2 - len(_points(length)[0]) ** 2) // 2  # pairs of real points cost one, of others 3/2
-    ours = products * (side**2 * layer.in_channels + pairs + result**2 * layer.out_channels)
-    library = 9 * min(side, result) ** 2 * pairs
+    ours = len(x) * products * (side**2 * layer.in_channels + pairs + result**2 * layer.out_channels)
+    ours, library = ours + 9 * products * pairs, len(x) * 9 * min(side, result) ** 2 * pairs
     return x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= 16 and ours < library

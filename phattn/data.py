@@ -412,7 +412,7 @@ def _jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
         a = factor.gather(1, order[:, step : step + 1])[..., None, None]
         grey = (weights @ x.flatten(2)).view_as(x[:, :1])
         base = torch.where(change == 2, grey, (change == 1) * grey.mean((2, 3), keepdim=True))
-        x = torch.lerp(base, x, a, out=x).clamp_(0, 1)
+        x = torch.lerp(base, x, a, out=None if x.requires_grad else x).clamp_(0, 1)
     return x
 
 # %% ../nbs/00_data.ipynb #4fdd124d
@@ -448,8 +448,9 @@ def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     flip = torch.rand(count, 1, generator=generator) < 0.5
     draws = torch.cat([_boxes(count, side, generator), flip, *_colour_draws(count, generator)], 1)
     draws = draws.to(images, non_blocking=True)
-    x = _crop(images, draws[:, :4], draws[:, 4].bool()).mul_(0.5).add_(0.5)
-    return _jitter(x, draws[:, 5:8].long(), draws[:, 8:]).mul_(2).sub_(1)
+    with torch.autocast(images.device.type, enabled=False):
+        x = _crop(images, draws[:, :4], draws[:, 4].bool()).mul_(0.5).add_(0.5)
+        return _jitter(x, draws[:, 5:8].long(), draws[:, 8:]).mul_(2).sub_(1)
 
 
 def _check_floats(images: Tensor) -> None:

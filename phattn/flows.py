@@ -32,7 +32,7 @@ def _bin_inverse(y, x0, w, y0, h, d0, d1):
 
 def _log_slope(z, s, d0, d1, rest, below):
     top = d1 * z**2 + 2 * s * rest + d0 * (1 - z) ** 2
-    return (top * (s / below) ** 2).log()
+    return (top / below * (s / below) * s).log()
 
 # %% ../nbs/03_flows.ipynb #33f59577
 def rational_quadratic_spline(

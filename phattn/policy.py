@@ -34,13 +34,22 @@ def expected_information_gain(
 
     Returns:
         EIG in nats, B×N: the mean over P of KL[p(y|h after looking) ‖ p(y|h)].
+
+    Raises:
+        ValueError: for a model in training mode.
     """
-    together, gain = features.device.type != "cpu" if together is None else together, 0.0
-    at_once = max(1, 2**23 // (h.numel() * model.grid.count or 1))
-    for part in [features] if together else features.split(at_once):
+    if model.training:
+        raise ValueError("model must be in eval mode: use phattn.model.evaluating")
+    together, gain, parts = features.device.type != "cpu" if together is None else together, 0.0, [features]
+    if not together:
+        parts = features.split(max(1, _AT_ONCE // (h.numel() * model.grid.count or 1)))
+    for part in parts:
         would = _look_ahead(model, part, h).float().log_softmax(-1)
         gain = gain + (would.exp() * (would - log_probs[:, None])).sum(-1).sum(0)
     return gain / features.shape[0]
+
+
+_AT_ONCE = 2**23  # numbers: 32 MB
 
 # %% ../nbs/06_policy.ipynb #6b1f9c02
 def _look_ahead(model: HardAttention, features: Tensor, h: Tensor) -> Tensor:
@@ -52,10 +61,10 @@ def _look_ahead(model: HardAttention, features: Tensor, h: Tensor) -> Tensor:
     place = glimpse.place(model.grid.scale(model.grid.candidates(h.device)))
     v = linear(leaky_relu(features + place), recurrence.from_glimpse.weight * scale)
     v = leaky_relu(v.add_(from_state[:, None]), inplace=True)
-    mean, square = v.mean(-1, keepdim=True), vector_norm(v, dim=-1, keepdim=True).square() / v.shape[-1]
-    deviation = ((square - mean.square()).clamp_min(0) + recurrence.norm.eps).sqrt()
-    weight = classifier.weight * recurrence.norm.weight
-    return (linear(v, weight) - mean * weight.sum(1)) / deviation + classifier(recurrence.norm.bias)
+    v = v.sub_(v.mean(-1, keepdim=True))
+    deviation = (vector_norm(v, dim=-1, keepdim=True).square() / v.shape[-1] + recurrence.norm.eps).sqrt()
+    weight, bias = classifier.weight * recurrence.norm.weight, classifier(recurrence.norm.bias)
+    return linear(v, weight) / deviation + bias
 
 # %% ../nbs/06_policy.ipynb #cf6f910d
 @dataclass

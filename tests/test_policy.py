@@ -22,11 +22,27 @@ def eig_by_loops(model, dreams, h, belief):
 def test_eig_equals_loops():
     torch.manual_seed(0)
     model = HardAttention(CONFIGS["digits"]).eval()
+    for norm in (model.glimpse.norm, model.recurrence.norm):
+        norm.weight.uniform_(0.5, 2), norm.bias.normal_()
+    model.glimpse.norm.running_var.uniform_(0.5, 2), model.glimpse.norm.running_mean.normal_()
+    model.recurrence.from_state.bias += 100
     h, dreams = torch.randn(3, 128), torch.randn(2, 3, 49, 32)
     belief = model.classifier(h).log_softmax(-1)
     fast = expected_information_gain(model, dreams, h, belief)
     assert torch.allclose(fast, eig_by_loops(model, dreams, h, belief), atol=1e-5)
     assert (fast > -1e-6).all() and fast.max() > 1e-3
+
+
+@torch.no_grad()
+def test_eig_is_the_same_in_parts():
+    torch.manual_seed(0)
+    model = HardAttention(CONFIGS["digits"]).eval()
+    h, dreams = torch.randn(5, 128), torch.randn(300, 5, 49, 32)  # 1,500 times 49 states of 128: two parts
+    belief = model.classifier(h).log_softmax(-1)
+    whole, parts = (expected_information_gain(model, dreams, h, belief, together=given) for given in (True, False))
+    assert torch.allclose(whole, parts, atol=1e-6)
+    with pytest.raises(ValueError, match="model must be in eval mode"):
+        expected_information_gain(model.train(), dreams, h, belief)
 
 
 @torch.no_grad()
