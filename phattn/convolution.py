@@ -107,8 +107,8 @@ def convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, border: Border) -
     if side**2 != x.shape[1]:
         raise ValueError(f"x must hold square maps, B×side²×C, got {tuple(x.shape)}")
     into, taps, back = (matrix.to(x) for matrix in fewer_products(side, border))
-    left = torch.bmm(into.expand(len(x), -1, -1), x)
-    products = torch.bmm(left.transpose(0, 1), _factors(layer, taps, border)).transpose(0, 1)
+    products = torch.bmm(into.expand(len(x), -1, -1), x).transpose(0, 1)
+    products = torch.bmm(products, _factors(layer, taps, border)).transpose(0, 1)
     result = torch.bmm(back.expand(len(x), -1, -1), products)
     return result if layer.bias is None else result.add_(layer.bias)
 
