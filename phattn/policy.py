@@ -61,7 +61,7 @@ def _look_ahead(model: HardAttention, features: Tensor, h: Tensor) -> Tensor:
     place = glimpse.place(model.grid.scale(model.grid.candidates(h.device)))
     v = linear(leaky_relu(features + place), recurrence.from_glimpse.weight * scale)
     v = leaky_relu(v.add_(from_state[:, None]), inplace=True)
-    v = v.sub_(v.mean(-1, keepdim=True))
+    v = v - v.mean(-1, keepdim=True)
     deviation = (vector_norm(v, dim=-1, keepdim=True).square() / v.shape[-1] + recurrence.norm.eps).sqrt()
     weight, bias = classifier.weight * recurrence.norm.weight, classifier(recurrence.norm.bias)
     return linear(v, weight) / deviation + bias

@@ -31,6 +31,9 @@ def test_eig_equals_loops():
     fast = expected_information_gain(model, dreams, h, belief)
     assert torch.allclose(fast, eig_by_loops(model, dreams, h, belief), atol=1e-5)
     assert (fast > -1e-6).all() and fast.max() > 1e-3
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(expected_information_gain(model, dreams, h.requires_grad_(), belief).sum(), h)
+    assert slope.isfinite().all() and slope.abs().max() > 0
 
 
 @torch.no_grad()
