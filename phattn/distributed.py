@@ -294,8 +294,10 @@ def join(device: torch.device) -> Iterator[torch.device]:
     device = _own(device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        yield device
-        leave()
+        try:
+            yield device
+        finally:
+            leave()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not _LOST.search(str(error)):
             raise

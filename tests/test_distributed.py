@@ -169,5 +169,6 @@ try:
         average({"a": torch.ones(2)})
 except ConnectionError as error:
     assert "another process has ended" in str(error), error
+    assert not torch.distributed.is_initialized()
 """
     assert _run(2, program) == "rank 1 left"
