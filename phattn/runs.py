@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['versions', 'command', 'save_tensors', 'load_tensors', 'load_weights', 'write_json', 'read_json', 'check_history',
-           'lock', 'Run', 'sweep']
+           'lock', 'sweep', 'Run']
 
 # %% ../nbs/06a_runs.ipynb #d16b61fd
 import io
@@ -202,6 +202,99 @@ def lock(folder: str | os.PathLike, name: str = ".lock") -> filelock.BaseFileLoc
         raise OSError(error.errno, f"could not write to {folder}: {error.strerror or error}") from error
     return held
 
+# %% ../nbs/06a_runs.ipynb #5e1a9c04
+def sweep(folder: Path) -> None:
+    """Remove what `write_whole` was writing in a folder when its process was killed."""
+    for path in folder.glob(".*.*.*"):
+        if re.fullmatch(r"\.[\w-]+\.(json|pth|safetensors|png|gif)\.\w{8}", path.name):
+            path.unlink()
+
+# %% ../nbs/06a_runs.ipynb #91b3e7d2
+def _claim(folder: Path, options: dict[str, Any], resume: bool) -> None:
+    """Note in a folder what its run is asked; refuse a folder whose run was asked something else."""
+    path = folder / "config.json"
+    if not path.exists():
+        write_json({"options": options, "command": command(), "versions": versions()}, path)
+        return
+    if not resume:
+        raise FileExistsError(f"{folder} holds a run already: go on with it by --resume, or choose another --logfolder")
+    held = read_json(path, "options", "versions")
+    before, begun = held["options"], held["versions"]
+    if not isinstance(before, dict) or not isinstance(begun, dict):
+        raise ValueError(f"{path} is not what phattn wrote: options and versions must be objects")
+    if begun.get("phattn") != __version__:
+        raise ValueError(
+            f"{folder} was begun by phattn {begun.get('phattn')}, this is {__version__}: go on with that version, or "
+            "choose another --logfolder"
+        )
+    if was := _differences(_flat(before), _flat(options)):
+        raise ValueError(
+            f"{folder} can't be resumed with other options: it had {was}; give it those, or another --logfolder"
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
+    changed = ["dataset"] if "dataset" in changed else changed  # of which all else follows
+    return ", ".join(f"{name} = {before.get(name)}, now {now.get(name)}" for name in changed)
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with those inside others under dotted names: {"model": {"latent": 32}} -> {"model.latent": 32}."""
+    parts = {name: value for name, value in options.items() if isinstance(value, dict)}
+    inner = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+    return {name: value for name, value in options.items() if name not in parts} | inner
+
+# %% ../nbs/06a_runs.ipynb #c81d05e3
+def _keep_state(folder: Path, state: dict[str, Any]) -> None:
+    path, fresh = folder / "state.pth", folder / "state_next.pth"
+    save_tensors(state, fresh)  # whole, before either of the old ones is touched
+    if path.exists():
+        os.replace(path, folder / "state_before.pth")
+    os.replace(fresh, path)
+
+
+def _kept_state(folder: Path) -> dict[str, Any] | None:
+    broken = None
+    for name in ("state_next.pth", "state.pth", "state_before.pth"):
+        if (folder / name).exists():
+            try:
+                return load_tensors(folder / name)
+            except ValueError as error:
+                broken = error
+    if broken:
+        raise broken
+    return None
+
+# %% ../nbs/06a_runs.ipynb #3a5be790
+class _Events:
+    """The TensorBoard writer of a folder, opened when the first number comes."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writer, self.hook = folder, None, threading.excepthook
+
+    def at(self, epoch: int):
+        """The writer; if it is opened now, what an interrupted run wrote of `epoch` and later is taken back."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # a heavy import, only when a run writes
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=epoch)
+            threading.excepthook = self.quiet
+        return self.writer
+
+    def close(self) -> None:
+        """Write what is left; nothing if no number came."""
+        try:
+            if self.writer:
+                self.writer.close()
+        finally:
+            threading.excepthook = self.hook
+
+    def quiet(self, failure: threading.ExceptHookArgs) -> None:
+        """In place of `threading.excepthook`: says nothing of an OSError."""
+        if not isinstance(failure.exc_value, OSError):
+            self.hook(failure)
+
 # %% ../nbs/06a_runs.ipynb #3b8c5ddb
 class Run:
     """The folder of one phase of training.
@@ -218,69 +311,29 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike, options: dict[str, Any], resume: bool = False):
-        self.folder, self._writer, self._hook = Path(folder), None, threading.excepthook
-        self._lock = lock(folder)
+        self.folder, self._events, self._lock = Path(folder), _Events(Path(folder)), lock(folder)
         try:
             sweep(self.folder)
-            self._claim(json.loads(json.dumps(options)), resume)
+            _claim(self.folder, json.loads(json.dumps(options)), resume)
         except BaseException:
             self._lock.release()
             raise
-
-    def _claim(self, options: dict[str, Any], resume: bool) -> None:
-        path = self.folder / "config.json"
-        if path.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{self.folder} holds a run already: go on with it by --resume, or choose another --logfolder"
-                )
-            held = read_json(path, "options", "versions")
-            before, begun = held["options"], held["versions"]
-            if not isinstance(before, dict) or not isinstance(begun, dict):
-                raise ValueError(f"{path} is not what phattn wrote: options and versions must be objects")
-            if begun.get("phattn") != __version__:
-                raise ValueError(
-                    f"{self.folder} was begun by phattn {begun.get('phattn')}, this is {__version__}: go on with that "
-                    "version, or choose another --logfolder"
-                )
-            before, options = _flat(before), _flat(options)
-            changed = sorted(name for name in before.keys() | options if before.get(name) != options.get(name))
-            if changed:
-                changed = ["dataset"] if "dataset" in changed else changed  # of which all else follows
-                was = ", ".join(f"{name} = {before.get(name)}, now {options.get(name)}" for name in changed)
-                raise ValueError(
-                    f"{self.folder} can't be resumed with other options: it had {was}; give it those, or another "
-                    "--logfolder"
-                )
-        else:
-            write_json({"options": options, "command": command(), "versions": versions()}, path)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *error) -> None:
         try:
-            if self._writer:
-                self._writer.close()
+            self._events.close()
         except OSError:
             if not error[0]:  # else the same trouble has been told already
                 raise
         finally:
-            threading.excepthook = self._hook
             self._lock.release()
 
     def state(self) -> dict[str, Any] | None:
         """What `keep` kept last, or before that if the last is broken, or None if nothing was kept."""
-        broken = None
-        for name in ("state_next.pth", "state.pth", "state_before.pth"):
-            if (self.folder / name).exists():
-                try:
-                    return load_tensors(self.folder / name)
-                except ValueError as error:
-                    broken = error
-        if broken:
-            raise broken
-        return None
+        return _kept_state(self.folder)
 
     def keep(self, state: dict[str, Any]) -> None:
         """Keep the state after an epoch; the one before stays as `state_before.pth`.
@@ -289,15 +342,11 @@ class Run:
             OSError: if it can't be written, or the folder is no longer there; the states kept before stay as they are.
         """
         self._there()
-        path, fresh = self.folder / "state.pth", self.folder / "state_next.pth"
-        save_tensors(state, fresh)  # whole, before either of the old ones is touched
-        if path.exists():
-            os.replace(path, self.folder / "state_before.pth")
-        os.replace(fresh, path)
+        _keep_state(self.folder, state)
 
-    def _there(self) -> None:
-        if not (self.folder / "config.json").exists():
-            raise FileNotFoundError(f"{self.folder} has vanished while training: was it moved? Then resume it there")
+    def events(self, epoch: int):
+        """The TensorBoard writer of this folder; what an interrupted run wrote of `epoch` and later is taken back."""
+        return self._events.at(epoch)
 
     def log(self, epoch: int, record: dict[str, Any]) -> None:
         """Write an epoch's numbers to TensorBoard; a list holds a value for each look t = 1, 2, …"""
@@ -327,28 +376,6 @@ class Run:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.folder / 'history.json'} is no whole history of a run: {error}") from error
 
-    def events(self, epoch: int):
-        """The TensorBoard writer of this folder; what an interrupted run wrote of `epoch` and later is taken back."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # a heavy import, only when a run writes
-
-            self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
-            threading.excepthook = self._quiet  # its thread's OSError comes up again here, at the next write
-        return self._writer
-
-    def _quiet(self, failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):
-            self._hook(failure)
-
-
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    parts = {name: value for name, value in options.items() if isinstance(value, dict)}
-    inner = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
-    return {name: value for name, value in options.items() if name not in parts} | inner
-
-
-def sweep(folder: Path) -> None:
-    """Remove what `write_whole` was writing in a folder when its process was killed."""
-    for path in folder.glob(".*.*.*"):
-        if re.fullmatch(r"\.[\w-]+\.(json|pth|safetensors|png|gif)\.\w{8}", path.name):
-            path.unlink()
+    def _there(self) -> None:
+        if not (self.folder / "config.json").exists():
+            raise FileNotFoundError(f"{self.folder} has vanished while training: was it moved? Then resume it there")
