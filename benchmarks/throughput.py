@@ -29,10 +29,11 @@ from torch import nn
 
 from phattn.data import ImageSet, normalise
 from phattn.export import export_model, look_with, open_parts
+from phattn.learning import Recipe
 from phattn.memory import keep_freed_memory
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, look
-from phattn.training import LOSSES, Recipe, prepare
+from phattn.training import LOSSES, prepare
 
 LOOKS = 7
 PAIR = ("plain", "ours")

@@ -19,11 +19,12 @@ from .data import ImageSet
 from .datasets import DATASETS, load
 from .distributed import deal, first_here, from_first, join, leave, rank, who, world_size
 from .evaluation import evaluate, summary
+from .learning import OnNonfinite, Phase, Recipe
 from .model import CONFIGS, HardAttention, ModelConfig, pretrained
 from .plots import animate_look, plot_curves, plot_history, plot_look, save_figure
 from .policy import EIG, POLICIES, look, random
 from .runs import Run, load_weights, lock, read_json, sweep, versions, write_json
-from .training import OnNonfinite, Phase, Recipe, check, recipe, train_phase
+from .training import check, recipe, train_phase
 
 # %% ../nbs/09a_experiment.ipynb #912deed7
 @dataclass(frozen=True)

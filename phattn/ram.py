@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 
 from .data import ImageSet
 from .glimpse import Grid
+from .learning import Loss, Phase, Recipe, learn
 from .model import HardAttention
 from .policy import View
 from .runs import Run
-from .training import Loss, Phase, Recipe, check, learn, prepare
+from .training import check, prepare
 
 # %% ../nbs/07b_ram.ipynb #123b6df3
 def to_pixels(grid: Grid, places: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def train_ram(
 
     Args:
         ram: on the device to train on.
-        data, run, report: as for `phattn.training.train_phase`.
+        data, run, report: as for `phattn.learning.learn`.
         recipe: how. Its phase says what learns beside the choice of places: "first" F, R and C from nothing, "second"
             nothing else, "third" F, R and C with the statistics of BatchNorm kept.
 

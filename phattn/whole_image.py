@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 from .cost import looking_cost, multiply_accumulates
 from .data import ImageSet, normalise
 from .glimpse import Grid
+from .learning import Loss, Recipe, learn
 from .model import ModelConfig, evaluating
 from .runs import Run
-from .training import Loss, Recipe, check, learn
+from .training import check
 
 # %% ../nbs/07c_whole_image.ipynb #7e44959b
 def _convolve(before: int, after: int) -> list[nn.Module]:
@@ -103,7 +104,7 @@ def train_whole_image(
 
     Args:
         model: on the device to train on.
-        data, run, report: as for `phattn.training.train_phase`.
+        data, run, report: as for `phattn.learning.learn`.
         recipe: how; its phase and what belongs to looks do not matter.
 
     Returns:

@@ -37,9 +37,10 @@ from PIL import Image
 from phattn.archives import contents, listing
 from phattn.data import read_image
 from phattn.folders import npz
+from phattn.learning import _resume, _schedule
 from phattn.model import HardAttention, ModelConfig
 from phattn.runs import Run, check_history, load_tensors, load_weights, read_json
-from phattn.training import _resume, _schedule, prepare, recipe
+from phattn.training import prepare, recipe
 
 SECONDS, MEGABYTES = 20, 1536  # a picture of 89 million pixels, the most that Pillow allows, takes a gigabyte
 SIZES = ModelConfig(channels=(4, 4, 4), features=4, latent=4, hidden=8, flow_layers=1, decoder_convolutions=1)

@@ -28,22 +28,23 @@ sys.exit(main(["train", *small, *sys.argv[1:]]))
 """
 DOUBLE = """
 import json, torch
-from phattn import training
+from phattn import learning
 from phattn.data import digits
 from phattn.distributed import average, deal, join, rank
+from phattn.learning import learn
 from phattn.model import CONFIGS, HardAttention
-from phattn.training import LOSSES, learn, prepare, recipe
+from phattn.training import LOSSES, prepare, recipe
 
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double  # what the losses do in float32 on purpose
 losses = {}
 
-def training_average(log):
+def learning_average(log):
     log = average(log)
     losses.setdefault(phase, []).append(log["loss"].item())
     return log
 
-training.average = training_average
+learning.average = learning_average
 with join(torch.device("cpu")) as device:
     for phase in LOSSES:
         torch.manual_seed(0)
@@ -61,9 +62,10 @@ import torch
 from contextlib import nullcontext
 from phattn.data import digits
 from phattn.distributed import average, deal, join, rank
+from phattn.learning import learn
 from phattn.model import CONFIGS, HardAttention
 from phattn.runs import Run, load_tensors
-from phattn.training import LOSSES, learn, prepare, recipe
+from phattn.training import LOSSES, prepare, recipe
 
 calls = []
 
