@@ -10,7 +10,7 @@ __all__ = ['rank', 'world_size', 'who', 'share', 'OneBatch', 'SharedImages', 'de
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -282,7 +282,7 @@ def join(device: torch.device) -> Iterator[torch.device]:
         device: "cpu", or "cuda" for the card that has this process's number on its machine.
 
     Returns:
-        The device of this process.
+        The device of this process. The group is dissolved at the end of the block; on cards not after an error.
 
     Raises:
         ValueError: for another device, or fewer cards than processes.
@@ -296,8 +296,12 @@ def join(device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         try:
             yield device
-        finally:
-            leave()
+        except BaseException:
+            if device.type == "cpu":  # on cards leaving may wait for the others, who wait for us
+                with suppress(RuntimeError):  # what happened first is to be told
+                    leave()
+            raise
+        leave()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not _LOST.search(str(error)):
             raise

@@ -115,7 +115,7 @@ def _returns(ram: RAM, states: Tensor, labels: Tensor) -> Tensor:
 def ram_loss(ram: RAM, images: Tensor, labels: Tensor, recipe: Recipe) -> Loss:
     """Cross-entropy for F, R and C, REINFORCE for where to look, squared error for the baseline; along T looks.
 
-    The signature is that of the losses in `phattn.training`; it wants at least two looks.
+    The signature is what `phattn.learning.learn` takes; it wants at least two looks.
     """
     states, log_densities = _explore(ram, images, recipe.looks)
     logits, labels = ram.model.classifier(states), labels[:, None].expand(states.shape[:2])

@@ -24,10 +24,11 @@ from typing import Any
 
 import filelock
 import torch
+from torch import nn
 
 from . import __version__
 from .files import write_whole
-from .model import HardAttention, fit
+from .model import fit
 
 # %% ../nbs/06a_runs.ipynb #37f281b3
 def versions() -> dict[str, str]:
@@ -139,7 +140,7 @@ def _copied(value: Any, room: list[int]) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 # %% ../nbs/06a_runs.ipynb #aaebc15d
-def load_weights(model: HardAttention, path: str | os.PathLike) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Copy the weights of a `weights_f_E.pth` file into a model; errors as `load_tensors` and `phattn.model.fit`."""
     tensors = load_tensors(path)
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
@@ -211,7 +212,7 @@ def sweep(folder: Path) -> None:
 
 # %% ../nbs/06a_runs.ipynb #91b3e7d2
 def _claim(folder: Path, options: dict[str, Any], resume: bool) -> None:
-    """Note in a folder what its run is asked; refuse a folder whose run was asked something else."""
+    """Note in a folder what its run is asked. One that holds a run is refused, unless to resume it as it was."""
     path = folder / "config.json"
     if not path.exists():
         write_json({"options": options, "command": command(), "versions": versions()}, path)
@@ -273,7 +274,7 @@ class _Events:
     def __init__(self, folder: Path):
         self.folder, self.writer, self.hook = folder, None, threading.excepthook
 
-    def at(self, epoch: int):
+    def at(self, epoch: int) -> Any:
         """The writer; if it is opened now, what an interrupted run wrote of `epoch` and later is taken back."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter  # a heavy import, only when a run writes
@@ -306,8 +307,10 @@ class Run:
 
     Raises:
         FileExistsError: if the folder holds a run and `resume` is False.
-        ValueError: if the run in the folder had other options; the message names them.
+        ValueError: if the run in the folder had other options or another version, or its `config.json` is broken; the
+            message names what.
         BlockingIOError: if another process is writing to the folder.
+        OSError: if the folder can't be made or written to.
     """
 
     def __init__(self, folder: str | os.PathLike, options: dict[str, Any], resume: bool = False):
@@ -344,7 +347,7 @@ class Run:
         self._there()
         _keep_state(self.folder, state)
 
-    def events(self, epoch: int):
+    def events(self, epoch: int) -> Any:
         """The TensorBoard writer of this folder; what an interrupted run wrote of `epoch` and later is taken back."""
         return self._events.at(epoch)
 
@@ -357,7 +360,7 @@ class Run:
                 self.events(epoch).add_scalar(tag, number, epoch)
         self.events(epoch).flush()
 
-    def finish(self, model: HardAttention, epochs: int, history: list[dict]) -> Path:
+    def finish(self, model: nn.Module, epochs: int, history: list[dict]) -> Path:
         """Write `weights_f_EPOCHS.pth` and `history.json`; returns the path of the weights."""
         self._there()
         path = self.folder / f"weights_f_{epochs}.pth"
@@ -365,7 +368,7 @@ class Run:
         save_tensors({name: value.cpu() for name, value in model.state_dict().items()}, path)
         return path
 
-    def finished(self, model: HardAttention, epochs: int) -> list[dict] | None:
+    def finished(self, model: nn.Module, epochs: int) -> list[dict] | None:
         """If the run has been finished: load its weights into the model and return its history. Otherwise None."""
         path = self.folder / f"weights_f_{epochs}.pth"
         if not path.exists():

@@ -58,6 +58,7 @@ def recipe(dataset: str, phase: Phase, name: str | None = None, **changes: Any) 
 
     Raises:
         ValueError: for a name that is not there, or a field out of range.
+        KeyError: for a phase that is not there. TypeError: for a field that is not there, or of another type.
     """
     name = name or {"digits": "digits", "folder": "minutes", "npz": "minutes"}.get(dataset, "paper")
     if name not in RECIPES:

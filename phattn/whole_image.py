@@ -86,7 +86,7 @@ def matching_width(config: ModelConfig, looks: int = 7) -> int:
 
 # %% ../nbs/07c_whole_image.ipynb #6919dba5
 def whole_image_loss(model: WholeImage, images: Tensor, labels: Tensor, recipe: Recipe) -> Loss:
-    """Cross-entropy of the only answer, the mean over images. The signature is that of `phattn.training`'s losses."""
+    """Cross-entropy of the only answer, the mean over images. The signature is what `phattn.learning.learn` takes."""
     logits = model(images).float()
     loss = cross_entropy(logits, labels)
     right = (logits.detach().argmax(-1) == labels).float().mean()

@@ -97,6 +97,21 @@ def test_devices_that_do_not_go_round_are_refused():
             pass
     with join(torch.device("cpu")) as device:
         assert device.type == "cpu" and not dist.is_initialized()
+
+
+def test_an_error_in_the_block_is_told_and_not_one_of_parting():
+    parting = mock.Mock(side_effect=RuntimeError("[gloo] Connection closed"))
+    group = {"init_process_group": mock.Mock(), "is_initialized": lambda: True, "destroy_process_group": parting}
+    with _as(0, 2), mock.patch.multiple(dist, **group):
+        for error in (KeyboardInterrupt, OSError, FloatingPointError):
+            with pytest.raises(error), join(torch.device("cpu")):
+                raise error("in the block")
+        assert parting.call_count == 3
+        with pytest.raises(ConnectionError, match="another process has ended"), join(torch.device("cpu")):
+            pass
+
+
+def test_another_programs_rank_is_not_ours():
     with mock.patch.dict(os.environ, {"RANK": "3", "WORLD_SIZE": "4"}):  # of another program
         assert rank() == 0 and world_size() == 1
 
@@ -159,10 +174,13 @@ def test_two_processes_train_as_one():
 def test_a_process_without_which_nothing_goes_on_is_missed():
     program = """
 import json, os, torch
-from phattn.distributed import average, join, rank
+from types import SimpleNamespace
+from phattn.distributed import average, distribute, join, rank
 try:
     with join(torch.device("cpu")):
-        average({"a": torch.ones(2)})
+        model = torch.nn.Linear(3, 3)
+        step = distribute(model, lambda model, images, labels, recipe: model(images).sum())
+        step(model, torch.ones(2, 3), None, SimpleNamespace(batch=4)).backward()
         if rank() == 1:
             print(json.dumps("rank 1 left"), flush=True)
             os._exit(0)

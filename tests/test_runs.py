@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import zipfile
 
 import pytest
@@ -73,6 +74,35 @@ def test_bad_checkpoints_are_refused(tmp_path):
     beside = "half.pth, numbers.pth, old.pth, pickled.pth, stump.pth, whole.pth"
     with pytest.raises(FileNotFoundError, match=f"beside it: {beside}"):
         load_tensors(tmp_path / "gone.pth")
+
+
+def test_only_a_full_disk_is_kept_quiet(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(failure.exc_type))
+    before = threading.excepthook
+
+    def fail(error):
+        raise error
+
+    with Run(tmp_path, {}) as run:
+        run.log(1, {"loss": 1.0})
+        for error in (OSError("no space left"), KeyError("a bug")):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+    assert told == [KeyError] and threading.excepthook is before
+
+
+def test_a_resumed_run_takes_back_the_events_of_the_epoch_it_makes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for epochs in ((1, 2, 3), (3, 4)):
+        with Run(tmp_path, {}, resume=True) as run:
+            for epoch in epochs:
+                run.log(epoch, {"loss": 10.0 * epoch + len(epochs), "accuracy": [0.1, 0.2]})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("epoch/loss")] == [(1, 13), (2, 23), (3, 32), (4, 42)]
+    assert [event.step for event in events.Scalars("accuracy/t=2")] == [1, 2, 3, 4]
 
 
 def forge(source, target, change, compression=zipfile.ZIP_STORED):

@@ -163,6 +163,8 @@ def test_bad_training_is_refused():
         )
     with pytest.raises(ValueError, match="recipe must be one of paper, hours, minutes, digits, got 'quick'"):
         recipe("digits", "first", "quick")
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        recipe("digits", "first", epochs=0)
 
 
 def test_a_bad_step_can_be_done_again(tmp_path):
@@ -185,3 +187,22 @@ def test_a_bad_step_can_be_done_again(tmp_path):
         torch.set_rng_state(batch["random"])
         assert LOSSES["third"](again, batch["images"], batch["labels"], chosen)[0].item() == seen[4]
     assert torch.random.initial_seed() == torch_seed
+
+
+@pytest.mark.parametrize("phase", ["first", "second", "third"])
+def test_skipped_steps_leave_no_trace(phase):
+    before = []
+
+    def loss_of(model, *given):
+        before.append({name: value.clone() for name, value in model.state_dict().items()})
+        loss, log = LOSSES[phase](model, *given)
+        return (loss * torch.nan if len(before) == 2 else loss), log
+
+    model, data = _small()
+    chosen = recipe("digits", phase, epochs=1, batch=32, on_nonfinite="skip")
+    history = learn(model, loss_of, prepare(model, phase), data, chosen)
+    same = [
+        all(torch.equal(value, then[name]) for name, value in now.items() if "batches" not in name)
+        for then, now in zip(before, [*before[1:], model.state_dict()])
+    ]
+    assert same == [False, True, False] and history[0]["skipped"] == 1
