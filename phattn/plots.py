@@ -32,7 +32,7 @@ from .policy import Trace
 # %% ../nbs/09_plots.ipynb #43ada1da
 _HEAT = ListedColormap(matplotlib.colormaps["inferno"](np.linspace(0.16, 1, 256)), "heat").with_extremes(bad="black")
 _NEW, _RIGHT, _WRONG, _TEXT, _FAINT = "#22d3ee", "#15803d", "#c81e1e", "#262626", "#8a8a8a"
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#a35fb0", "#e69f00", "#56b4e9", "#555555")
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#a35fb0", "#e69f00", "#56b4e9", "#555555", "#c2185b", "#8c6d1f")
 _DPI = 120
 
 
