@@ -9,6 +9,7 @@ __all__ = ['rank', 'world_size', 'who', 'share', 'OneBatch', 'SharedImages', 'de
 # %% ../nbs/06b_distributed.ipynb #3bf9cadf
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -271,6 +272,7 @@ def average(log: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view_as(value) for (name, value), part in zip(log.items(), parts)}
 
 # %% ../nbs/06b_distributed.ipynb #c0f06198
+_MOMENT = 0.1  # seconds; far longer than gloo's thread takes to let go of an exchange that failed
 _LOST = re.compile(r"gloo|NCCL|[Cc]onnection|Broken pipe|[Tt]imed out|[Tt]imeout")
 
 
@@ -300,6 +302,7 @@ def join(device: torch.device) -> Iterator[torch.device]:
             if device.type == "cpu":  # on cards leaving may wait for the others, who wait for us
                 with suppress(RuntimeError):  # what happened first is to be told
                     leave()
+                time.sleep(_MOMENT)
             raise
         leave()
     except RuntimeError as error:
