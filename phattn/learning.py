@@ -40,15 +40,15 @@ class Recipe:
         epochs: passes over the training images.
         lr: learning rate of Adam; the peak of a one-cycle schedule.
         batch: images per step.
-        schedule: "plateau" halves lr when the training loss has not improved by 0.01 for 25 epochs; "one-cycle" rises
-            for 15 % of the steps and falls to nearly zero.
+        schedule: "plateau" halves lr when the training loss has not improved by 0.01 for over 25 epochs; "one-cycle"
+            rises for 15 % of the steps and falls to nearly zero.
         looks: T, glimpses per image.
         ccebal: weight of the cross-entropy beside the bound, third phase.
         elbo_steps: at how many of the T steps, drawn at random for each batch, the bound is taken; None for all. An
             unbiased estimate of the whole.
         augment: whether images are augmented.
         seed: of everything random in the phase.
-        bf16: autocast to bfloat16. compile: compile the flow and, but on a CPU, F's convolutions and D.
+        bf16: autocast to bfloat16. compile: compile the flow and, except on a CPU, F's convolutions and D.
         on_nonfinite: what to do about a step whose loss or gradient is not finite: "stop" with an error, or "skip" its
             update, up to 10 times in the phase.
 
