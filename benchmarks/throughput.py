@@ -27,10 +27,10 @@ import torch
 from plain import Plain
 from torch import nn
 
-from phattn.data import ImageSet, normalise
-from phattn.export import export_model, look_with, open_parts
-from phattn.learning import Recipe
-from phattn.memory import keep_freed_memory
+from phattn.data.images import ImageSet, normalise
+from phattn.apps.export import export_model, look_with, open_parts
+from phattn.engine.loop import Recipe
+from phattn.fast.memory import keep_freed_memory
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, look
 from phattn.training import LOSSES, prepare

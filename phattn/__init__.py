@@ -1,6 +1,6 @@
 """Probabilistic hard attention: a model that looks at an image one glimpse at a time, where it expects to learn most."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .data import ImageSet, digits
 from .model import HardAttention, ModelConfig

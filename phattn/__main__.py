@@ -1,4 +1,4 @@
-"""`python -m phattn`: the command line, see nbs/10_cli.ipynb."""
+"""`python -m phattn`: the command line, see nbs/apps/cli.ipynb."""
 
 from phattn.cli import main
 

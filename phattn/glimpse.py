@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .convolution import convolve, pays
+from .fast.convolution import convolve, pays
 
 # %% ../nbs/01_glimpse.ipynb #74cac73a
 @dataclass(frozen=True)

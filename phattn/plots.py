@@ -24,8 +24,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from .data import denormalise, normalise
-from .files import write_whole
+from .data.images import denormalise, normalise
+from .engine.files import write_whole
 from .glimpse import Grid
 from .policy import Trace
 
@@ -170,7 +170,7 @@ def plot_look(
     model had looked. The cell framed is the next look, framed again in what is seen. More than 10 looks wrap.
 
     Args:
-        image: 3×H×W, uint8 or float as `phattn.data.normalise` makes it.
+        image: 3×H×W, uint8 or float as `phattn.data.images.normalise` makes it.
         trace: of a batch that holds the image, by any policy; what follows an early stop stays blank.
         grid: the model's candidates, `model.grid`.
         index: which image of the trace it is.
@@ -248,7 +248,7 @@ def plot_maps(
     """Draw an image and, beside it, maps laid over it: bright where a map is high, each on its own colour scale.
 
     Args:
-        image: 3×H×W, uint8 or float as `phattn.data.normalise` makes it.
+        image: 3×H×W, uint8 or float as `phattn.data.images.normalise` makes it.
         maps: K maps of n×n, or of N = n² in the grid's order; NaN shows the image.
         grid: the model's candidates, `model.grid`.
         titles: K + 1 of them, the image's first; or none.

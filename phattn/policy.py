@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import leaky_relu, linear, one_hot
 
-from .convolution import weights_stay
-from .data import normalise
+from .fast.convolution import weights_stay
+from .data.images import normalise
 from .model import HardAttention, evaluating
 
 # %% ../nbs/06_policy.ipynb #540bf3f7
@@ -192,7 +192,7 @@ def look(
 
     Args:
         model: left as it is, whatever mode it is in.
-        images: B×3×H×W or one image 3×H×W; uint8, or float as `phattn.data.normalise` makes it.
+        images: B×3×H×W or one image 3×H×W; uint8, or float as `phattn.data.images.normalise` makes it.
         policy: a function of a `View` that returns scores B×N.
         looks: T, from 1 to the number of candidates.
         first: candidates to look at first, long, B; random when not given.

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from .convolution import weights_stay
-from .data import ImageSet
-from .distributed import SharedImages, match, share, world_size
-from .learning import Loss, Phase, Recipe, epoch_seed, learn
+from .fast.convolution import weights_stay
+from .data.images import ImageSet
+from .data.shared import SharedImages
+from .engine.distributed import match, share, world_size
+from .engine.loop import Loss, Phase, Recipe, epoch_seed, learn
 from .model import HardAttention, evaluating
 from .policy import EIG, View
-from .runs import Run
+from .engine.runs import Run
 
 # %% ../nbs/07_training.ipynb #994523e6
 RECIPES: dict[str, dict[Phase, Recipe]] = {

@@ -34,12 +34,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from phattn.archives import contents, listing
-from phattn.data import read_image
-from phattn.folders import npz
-from phattn.learning import _resume, _schedule
+from phattn.data.archives import contents, listing
+from phattn.data.images import read_image
+from phattn.data.folders import npz
+from phattn.engine.loop import _resume, _schedule
 from phattn.model import HardAttention, ModelConfig
-from phattn.runs import Run, check_history, load_tensors, load_weights, read_json
+from phattn.engine.files import read_json
+from phattn.engine.runs import Run, check_history
+from phattn.engine.weights import load_tensors, load_weights
 from phattn.training import prepare, recipe
 
 SECONDS, MEGABYTES = 20, 1536  # a picture of 89 million pixels, the most that Pillow allows, takes a gigabyte

@@ -29,9 +29,9 @@ SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 
 CHILD = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent did with it
-from phattn.cli import main
-from phattn.data import digits
-from phattn.datasets import DATASETS
+from phattn.apps.cli import main
+from phattn.data.scenes import digits
+from phattn.data.datasets import DATASETS
 DATASETS["digits"] = lambda split, datapath, *, seed, **_: digits(split, seed=seed, size={IMAGES})
 sys.exit(main(["train", "--dataset=digits", "--epochs={EPOCHS}", "--T=4", "--batch=32", "--device=cpu", *sys.argv[1:]]))
 """

@@ -6,7 +6,7 @@ import pytest
 import sync
 import torch
 
-from phattn.data import digits
+from phattn.data.scenes import digits
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import expected_information_gain
 

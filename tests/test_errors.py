@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from phattn.archives import listing
-from phattn.cli import main
+from phattn.apps.cli import main
 from phattn.data import ImageSet, augment, digits, normalise
+from phattn.data.archives import listing
+from phattn.engine.weights import load_tensors
 from phattn.evaluation import evaluate, measure
 from phattn.flows import ConditionalFlow
 from phattn.glimpse import Grid, sense
 from phattn.model import CONFIGS, HardAttention, ModelConfig
 from phattn.policy import EIG, POLICIES, look
-from phattn.runs import load_tensors
 from phattn.training import recipe, train_phase
 
 

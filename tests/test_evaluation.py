@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phattn.cost import multiply_accumulates
 from phattn.data import digits
-from phattn.evaluation import CONFIDENCES, cost, evaluate, looks_for, measure, predict, stop_early
+from phattn.engine.cost import multiply_accumulates
+from phattn.evaluation import CONFIDENCES, cost, evaluate, looking_cost, looks_for, measure, predict, stop_early
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, POLICIES, random
 
@@ -19,6 +19,27 @@ def test_measures_of_a_known_case():
     assert found["accuracy"] == [0.75]
     assert found["nll"][0] == pytest.approx(-(2 * math.log(0.7) + math.log(0.8) + math.log(0.3)) / 4, abs=1e-6)
     assert found["ece"][0] == pytest.approx(0.75 * abs(2 / 3 - 0.7) + 0.25 * 0.2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["digits", "svhn"])
+@pytest.mark.parametrize("looks", [1, 5])
+def test_the_sum_is_what_the_model_runs(name, looks):
+    model, made = HardAttention(CONFIGS[name]).eval(), []
+    locations = torch.zeros(1, looks, 2, dtype=torch.long)
+    counted = multiply_accumulates(lambda: made.append(model(torch.zeros(1, 3, 32, 32), locations)))
+    assert counted == sum(looking_cost(CONFIGS[name], looks).values())
+    assert not made[0].requires_grad
+
+
+def test_the_count_grows_with_the_images_alone():
+    decoder = HardAttention(CONFIGS["digits"]).vae.decoder
+    one = multiply_accumulates(lambda: decoder(torch.zeros(1, 32)))
+    assert multiply_accumulates(lambda: decoder(torch.zeros(40, 32))) == 40 * one  # also where fewer products pay
+
+
+def test_bad_costs_are_refused():
+    with pytest.raises(ValueError, match="looks must be at least 1, got 0"):
+        looking_cost(CONFIGS["digits"], 0)
 
 
 def test_images_stop_once_they_are_sure():

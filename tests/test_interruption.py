@@ -15,7 +15,8 @@ import interrupt
 import pytest
 import torch
 
-from phattn.runs import Run, load_tensors, save_tensors
+from phattn.engine.runs import Run
+from phattn.engine.weights import load_tensors, save_tensors
 
 
 @contextmanager

@@ -78,6 +78,7 @@ def test_bad_sizes_are_refused():
 GREEDY = """
 import resource, sys
 from phattn.model import HardAttention
+
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try: HardAttention.load(sys.argv[1])
 except ValueError as error: print("refused" if "does not fit" in str(error) else error)

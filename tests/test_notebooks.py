@@ -22,17 +22,57 @@ def test_everything_in_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0, capsys.readouterr().out
 
 
-def test_imports_go_upward() -> None:
-    """A module imports only from notebooks with a smaller number, so that the book can be read in order."""
-    order = {}
-    for path in (sync.ROOT / "phattn").glob("*.py"):
-        if made := re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8")):
-            order[path.stem] = made[1]
-    assert order
-    for module, notebook in order.items():
-        for node in ast.walk(ast.parse((sync.ROOT / "phattn" / f"{module}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level and node.module in order:
-                assert order[node.module] < notebook, f"{notebook} imports from {order[node.module]}, which comes later"
+FLOORS = ("engine", "data", "story", "fast", "rivals", "apps")  # a room may import from its own floor and those before it
+PACKAGE = sync.ROOT / "phattn"
+
+
+def modules() -> dict[str, str]:
+    """Dotted name inside phattn -> the notebook that it is made from, without folder `nbs/` and ending."""
+    found = {}
+    for path in PACKAGE.glob("**/*.py"):
+        if made := re.search(r"File to edit: [./]*nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8")):
+            found[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = made[1]
+    return found
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the package that a module imports from, anywhere in its code."""
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    here, found = module.split(".")[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            room = here[: len(here) - node.level + 1]
+            found |= {".".join([*room, node.module])} if node.module else set()
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("phattn."):
+            found.add(node.module.removeprefix("phattn."))
+    return found
+
+
+def test_the_layout_of_the_package_is_that_of_the_notebooks() -> None:
+    assert modules()
+    for module, notebook in modules().items():
+        assert re.sub(r"(^|/)[0-9]+_", r"\1", notebook).replace("/", ".") == module
+
+
+def test_imports_go_one_way() -> None:
+    """Up the floors and, in the story, up the numbers; nothing in the story or beside it imports what is there for speed."""
+    made = modules()
+    floor = {module: FLOORS.index(module.split(".")[0] if "." in module else "story") for module in made}
+    for module, notebook in made.items():
+        for other in imported(module) & set(made):
+            assert floor[other] <= floor[module], f"{notebook} imports from {made[other]}, which stands above it"
+            if floor[other] == floor[module] == FLOORS.index("story"):
+                assert made[other] < notebook, f"{notebook} imports from {made[other]}, which comes later"
+            if other.startswith("fast."):
+                assert module.startswith(("fast.", "apps.")), f"{notebook} imports from {made[other]}, which is for speed"
+
+
+def test_no_imports_go_in_circles() -> None:
+    above = {module: imported(module) & set(modules()) for module in modules()}
+    while free := [module for module, others in above.items() if not others & set(above)]:
+        for module in free:
+            del above[module]
+    assert not above, f"these import one another: {', '.join(above)}"
 
 
 # Each in its own process: in this one, a notebook would leave behind its plot style, random state, threads and nbdev's

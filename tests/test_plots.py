@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from phattn.data import denormalise
+from phattn.data.images import denormalise
 from phattn.glimpse import Grid
 from phattn.plots import (
     _RIGHT,

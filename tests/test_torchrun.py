@@ -12,15 +12,15 @@ import pytest
 import torch
 from interrupt import ROOT, differ, leavings
 
-from phattn.runs import load_tensors
+from phattn.engine.weights import load_tensors
 
 EPOCHS = 3
 TRAIN = f"""
 import os, sys
 from pathlib import Path
-from phattn.cli import main
-from phattn.data import digits
-from phattn.datasets import DATASETS
+from phattn.apps.cli import main
+from phattn.data.scenes import digits
+from phattn.data.datasets import DATASETS
 Path("pid" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
 DATASETS["digits"] = lambda split, datapath, *, seed, **_: digits(split, seed=seed, size=96)
 small = ["--dataset=digits", "--epochs={EPOCHS}", "--T=4", "--batch=32", "--lr=1e-4"]
@@ -29,9 +29,10 @@ sys.exit(main(["train", *small, *sys.argv[1:]]))
 DOUBLE = """
 import json, torch
 from phattn import learning
-from phattn.data import digits
-from phattn.distributed import average, deal, join, rank
-from phattn.learning import learn
+from phattn.data.scenes import digits
+from phattn.data.shared import deal
+from phattn.engine.distributed import average, join, rank
+from phattn.engine.loop import learn
 from phattn.model import CONFIGS, HardAttention
 from phattn.training import LOSSES, prepare, recipe
 
@@ -60,11 +61,13 @@ if rank() == 0:
 SKIP = """
 import torch
 from contextlib import nullcontext
-from phattn.data import digits
-from phattn.distributed import average, deal, join, rank
-from phattn.learning import learn
+from phattn.data.scenes import digits
+from phattn.data.shared import deal
+from phattn.engine.distributed import average, join, rank
+from phattn.engine.loop import learn
 from phattn.model import CONFIGS, HardAttention
-from phattn.runs import Run, load_tensors
+from phattn.engine.runs import Run
+from phattn.engine.weights import load_tensors
 from phattn.training import LOSSES, prepare, recipe
 
 calls = []

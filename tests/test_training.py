@@ -8,11 +8,13 @@ from typing import get_args
 import pytest
 import torch
 
-from phattn.data import ImageSet, digits, normalise
-from phattn.learning import Phase, Recipe, learn
+from phattn.data import digits, normalise
+from phattn.data.images import ImageSet
+from phattn.engine.loop import Phase, Recipe, learn
+from phattn.engine.runs import Run
+from phattn.engine.weights import load_tensors
 from phattn.model import CONFIGS, HardAttention, ModelConfig
 from phattn.policy import EIG, look
-from phattn.runs import Run, load_tensors
 from phattn.training import LOSSES, _choose, _imagine, prepare, recipe, third_loss, train_phase
 
 

@@ -1,0 +1,1 @@
+"""What makes the same numbers faster on a CPU. Nothing in the story imports from here."""
