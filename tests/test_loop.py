@@ -26,7 +26,9 @@ def _points(count=96):
 
 def _network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10))
+    return nn.Sequential(
+        nn.Linear(20, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10)
+    )
 
 
 def _loss(model, points, labels, plan):
@@ -126,7 +128,7 @@ def test_plateau_halves_after_25_epochs_that_were_no_better():
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     schedule, lrs = _schedule(optimiser, Plan(epochs=60), 60), []
     for epoch in range(60):
-        schedule.step(1.0 - 0.0003 * epoch)  # in all 0.0075 better after 25 epochs: not enough
+        schedule.step(1.0 - 0.0001 * epoch)  # in all 0.006 better: not enough
         lrs.append(optimiser.param_groups[0]["lr"])
     assert lrs == 26 * [0.1] + 26 * [0.05] + 8 * [0.025]
 
@@ -181,7 +183,7 @@ def test_what_learns_is_what_was_given():
         learn(model, _loss, _Shuffled(_points()), _plan(lr=0.1), **how)
         return [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
 
-    (every, last), model = (["0.weight", "0.bias", "1.bias", "4.weight", "4.bias"], ["4.weight", "4.bias"]), _network()
+    (every, last), model = (["0.weight", "1.bias", "4.weight", "4.bias"], ["4.weight", "4.bias"]), _network()
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
     assert moved() == moved(optimiser=sgd) == every
     assert moved(model=model, parameters=model[4].parameters()) == last
@@ -196,6 +198,7 @@ def test_an_optimiser_of_ones_own_keeps_its_rates():
     optimiser = torch.optim.SGD(groups)
     schedule = _schedule(optimiser, _plan(lr=9.0), 100)
     for _ in range(14):
+        optimiser.step()
         schedule.step()
     assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([0.01, 0.1])
     history = learn(model, _loss, _Shuffled(_points()), Plan(epochs=1, lr=9.0), optimiser=torch.optim.SGD(groups))
@@ -412,7 +415,7 @@ def test_steps_skipped_before_an_interruption_count(tmp_path):
 
     chosen = _plan(epochs=4, on_nonfinite="skip")
     eleventh = "epoch 2, step 5, the 11th such step"
-    for resume, error, said in ((False, InterruptedError, ""), (True, FloatingPointError, eleventh)):
+    for resume, error, said in ((False, InterruptedError, None), (True, FloatingPointError, eleventh)):
         with Run(tmp_path, {}, resume) as run, pytest.raises(error, match=said):
             learn(_network(), _go_wrong(range(1, 7))[0], _Shuffled(_points(), 8), chosen, run=run, callbacks=[stop])
 

@@ -257,3 +257,13 @@ def test_headers_that_are_no_networks_are_refused(tmp_path):
     safetensors.torch.save_file({}, path)
     with pytest.raises(ValueError, match="it has no header"):
         read_header(path)
+
+
+def test_what_make_says_of_the_file_is_passed_on(tmp_path):
+    save_weights({}, tmp_path / "a.safetensors", {"config": 1})
+
+    def make(header):
+        raise ValueError(f"{tmp_path / 'a.safetensors'} needs more")
+
+    with pytest.raises(ValueError, match="a.safetensors needs more$"):
+        build(tmp_path / "a.safetensors", make)

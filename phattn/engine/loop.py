@@ -101,7 +101,8 @@ def _random_state(device: torch.device) -> Tensor:
 
 def _moving(model: nn.Module) -> list[Tensor]:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [buffer for norm in norms if norm.training for buffer in (norm.running_mean, norm.running_var)]
+    buffers = [buffer for norm in norms if norm.training for buffer in (norm.running_mean, norm.running_var)]
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 class _Step(NamedTuple):
@@ -138,7 +139,7 @@ class _Guard:
     def begin(self) -> None:
         """Before a step: remember what its forward pass uses up or moves."""
         self.random = _random_state(self.device)
-        self.statistics = [(buffer, buffer.clone()) for buffer in _moving(self.model) if buffer is not None]
+        self.statistics = [(buffer, buffer.clone()) for buffer in _moving(self.model)]
 
     def clip(self, epoch: int, number: int, batch: tuple[Tensor, Tensor], log: dict[str, Tensor]) -> Tensor:
         """Clip the gradients; returns whether the step may be taken: a tensor, so as not to wait for it."""

@@ -215,7 +215,8 @@ def build(path: str | PathLike, make: Callable[[dict[str, Any]], nn.Module]) -> 
 
     Args:
         path: a file by `save_weights`.
-        make: what makes a network from a header; called twice, first on the device "meta".
+        make: what makes a network from a header; called twice, first on the device "meta". Its errors are taken for
+            faults of the header, except one whose message begins with the path.
 
     Returns:
         The network, on the CPU and in the mode in which it was made, and the header.
@@ -241,6 +242,8 @@ def _promised(path: str | PathLike, make: Callable, header: dict[str, Any]) -> d
     except RuntimeError as error:  # torch, on sizes whose product overflows
         raise ValueError(f"{path} can't be a model: {str(error).partition(chr(10))[0]}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if str(error).startswith(str(path)):  # it says it all
+            raise
         version = header.get("version", "no version")
         other = f" (it was written by phattn {version}, this is {__version__})" if version != __version__ else ""
         raise ValueError(f"{path} holds no configuration of a phattn model{other}: {error}") from error
