@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from phattn.data.folders import folder, npz
+from phattn.data.folders import folder, folder_size, npz, npz_size
+from phattn.data.images import read_image
 
 SHAPES = {"pentagon": (5, 1.0), "square": (4, 1.0), "star": (5, 0.45), "triangle": (3, 1.0)}
 
@@ -67,6 +68,24 @@ def test_a_folder_may_be_split_already(tmp_path):
     assert (len(train), len(test), train.size, test.size) == (12, 4, 48, 48)
     assert torch.equal(train.images[6], pixels(tmp_path / "train" / "star" / "000.PNG"))
     assert folder("test", tmp_path, size=32).size == 32
+
+
+def test_any_size_is_scaled_to_in_colour_or_grey(tmp_path):
+    write_shapes(tmp_path, 5, width=70, height=50)
+    assert folder_size(tmp_path) == folder("train", tmp_path).size == 50
+    paths = sorted(tmp_path.rglob("*/*.png"))
+    for size, channels in ((36, 3), (36, 1), (64, 1), (50, 1)):
+        both = [folder(split, tmp_path, size=size, channels=channels) for split in ("train", "test")]
+        assert [(held.size, held.channels) for held in both] == [(size, channels)] * 2
+        every = torch.stack([read_image(path, size, channels) for path in paths]).flatten(1)
+        assert torch.equal(torch.cat([held.images for held in both]).flatten(1).unique(dim=0), every.unique(dim=0))
+
+
+@pytest.mark.parametrize(("shorter", "side"), [(20, 32), (32, 32), (41, 41), (64, 64), (90, 64)])
+def test_the_size_is_that_of_the_first_picture_within_bounds(tmp_path, shorter, side):
+    write_shapes(tmp_path / "train", 1, width=shorter, height=shorter + 9)
+    write_shapes(tmp_path / "test", 1, width=55, height=55)
+    assert folder_size(tmp_path) == folder("test", tmp_path).size == side
 
 
 def test_a_new_picture_is_noticed(tmp_path):
@@ -172,10 +191,19 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         folder("train", tmp_path)
 
 
-@pytest.mark.parametrize("size", [7, 0, 32.0, True])
-def test_impossible_sizes_are_refused(tmp_path, size):
-    with pytest.raises(ValueError, match="size: got .*at least 8"):
-        folder("train", write_shapes(tmp_path, 2), size=size)
+IMPOSSIBLE = {"at least 8, got 7": 7, "at least 8, got 0": 0, "an int, got 32.0": 32.0, "an int, got True": True}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_impossible_sizes_are_refused(tmp_path, message):
+    write_shapes(tmp_path, 2)
+    for read in (folder, npz):
+        (tmp_path / "train.npz").write_bytes(b"never read")
+        with pytest.raises((ValueError, TypeError), match=f"size must be {message}"):
+            read("train", tmp_path, size=IMPOSSIBLE[message])
+        with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 2"):
+            read("train", tmp_path, channels=2)
+    assert not list(tmp_path.glob(".phattn*"))
 
 
 def write_npz(folder, split="train", count=12, **changes):
@@ -197,6 +225,24 @@ def test_npz_keeps_images_labels_and_names(tmp_path):
     write_npz(tmp_path, names=np.array(["a", "b", "c", "d"]))
     assert npz("train", tmp_path).names == ("a", "b", "c", "d")
     assert npz("train", tmp_path, names=tuple("wxyz+")).names == tuple("wxyz+")
+
+
+def test_npz_is_scaled_and_turned_grey_on_request(tmp_path):
+    arrays = write_npz(tmp_path)
+    write_npz(tmp_path, "test", images=arrays["images"][:4, ..., 1], labels=np.arange(4))
+    assert npz_size(tmp_path) == npz("train", tmp_path).size == 28
+    one = npz("test", tmp_path, channels=1)
+    assert np.array_equal(one.images[:, 0], arrays["images"][:4, ..., 1])  # what is grey stays as it is
+    luminance = [np.asarray(Image.fromarray(image).convert("L")) for image in arrays["images"]]
+    assert np.array_equal(npz("train", tmp_path, channels=1).images[:, 0], luminance)
+    for split, channels in (("train", 3), ("train", 1), ("test", 3)):
+        held = npz(split, tmp_path, size=36, channels=channels)
+        assert (held.size, held.channels, len(held)) == (36, channels, 12 if split == "train" else 4)
+    scaled = Image.fromarray(arrays["images"][5]).resize((36, 36), Image.Resampling.BICUBIC)
+    assert np.array_equal(npz("train", tmp_path, size=36).images[5].permute(1, 2, 0), scaled)
+    assert npz("train", tmp_path).size == 28 and npz("train", tmp_path).channels == 3
+    with pytest.raises(FileNotFoundError, match=r"nowhere/train\.npz"):
+        npz_size(tmp_path / "nowhere")
 
 
 WRONG = {
