@@ -329,7 +329,7 @@ def test_load_finds_data_sets_by_name(tmp_path):
     with pytest.raises(ValueError, match="split must be one of train, test, got 'extra'"):
         load("svhn", "extra")
     for dataset in ("cifar10", "digits"):
-        with pytest.raises(ValueError, match=f"size must be left out for {dataset}, which has its own .*, got 48"):
+        with pytest.raises(ValueError, match=f"size must be left out for {dataset}: only .* are scaled, got 48"):
             load(dataset, "train", size=48)
 
 

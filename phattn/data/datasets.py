@@ -303,7 +303,7 @@ def load(
     check_choice("split", split, ("train", "test"))
     check_channels(channels)
     if size is not None and dataset in (*_REAL, "digits"):
-        raise ValueError(f"size must be left out for {dataset}, which has its own (folder and npz have none), got {size}")
+        raise ValueError(f"size must be left out for {dataset}: only images of folder and npz are scaled, got {size}")
     datapath = Path(datapath).expanduser()
     if dataset in _REAL and (datapath / dataset / f"{split}.npz").is_file():
         return npz(split, datapath / dataset, names=_REAL[dataset], channels=channels)
