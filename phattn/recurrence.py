@@ -7,6 +7,7 @@ __all__ = ['Recurrence', 'Classifier']
 
 # %% ../nbs/02_recurrence.ipynb #6b6b3540
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 # %% ../nbs/02_recurrence.ipynb #ef944495
 class Recurrence(nn.Module):
@@ -17,16 +18,15 @@ class Recurrence(nn.Module):
         hidden: width nh of the state.
     """
 
-    def __init__(self, features: int, hidden: int):
+    def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
-        self.hidden = hidden
         self.from_state = nn.Linear(hidden, hidden)
         self.from_glimpse = nn.Linear(features, hidden, bias=False)
         self.norm = nn.LayerNorm(hidden)
 
     def start(self, batch: int) -> Tensor:
         """The state before the first glimpse: zeros, batch×nh."""
-        return self.from_state.weight.new_zeros(batch, self.hidden)
+        return self.from_state.weight.new_zeros(batch, self.from_state.in_features)
 
     def forward(self, f: Tensor, h: Tensor) -> Tensor:
         """The state after a glimpse.
@@ -39,7 +39,7 @@ class Recurrence(nn.Module):
         Returns:
             The state after it, broadcast …×nh.
         """
-        return self.norm(nn.functional.leaky_relu(self.from_state(h) + self.from_glimpse(f), inplace=True))
+        return self.norm(leaky_relu(self.from_state(h) + self.from_glimpse(f)))
 
 # %% ../nbs/02_recurrence.ipynb #481cf741
 class Classifier(nn.Module):
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         dropout: probability of dropping a channel of the state, in training mode.
     """
 
-    def __init__(self, hidden: int, classes: int, dropout: float = 0.5):
+    def __init__(self, hidden: int, classes: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden, classes)

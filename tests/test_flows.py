@@ -19,6 +19,28 @@ from phattn.flows import (
 )
 
 
+def randomise(module, scale=1.0, seed=0):
+    """Give all parameters random values: weights N(0, scale²/fan-in), the rest N(0, scale²)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            fan_in = p.shape[-1] if p.ndim > 1 else 1
+            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
+    return module
+
+
+def random_flow(dims, context, layers, scale=0.5, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    flow = randomise(ConditionalFlow(dims, context, layers), scale, seed).to(dtype)
+    draw = torch.randn(512, dims + context, generator=generator, dtype=torch.float64).to(dtype)
+    flow.start(*draw.split([dims, context], -1))
+    return flow.requires_grad_(False)
+
+
+def normal_log_prob(x):
+    return -(x**2).sum(-1) / 2 - x.shape[-1] * math.log(2 * math.pi) / 2
+
+
 def random_spline(size=2000, scale=2.0):
     generator = torch.Generator().manual_seed(1)
     raw = scale * torch.randn(size, 14, generator=generator, dtype=torch.float64)
@@ -67,16 +89,6 @@ def test_bins_keep_their_minimum():
     assert derivatives.min() > 0.99e-3
 
 
-def randomise(module, scale=1.0, seed=0):
-    """Give all parameters random values: weights N(0, scale²/fan-in), the rest N(0, scale²)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            fan_in = p.shape[-1] if p.ndim > 1 else 1
-            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
-    return module
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_autoregressive_jacobian_is_triangular(seed):
     torch.manual_seed(seed)
@@ -121,14 +133,6 @@ def test_actnorm_start_bears_a_constant_dimension():
     assert y.abs().max() < 1e-5 and logdet.isfinite() and norm.coeff.exp().max() < 2001
 
 
-def random_flow(dims, context, layers, scale=0.5, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    flow = randomise(ConditionalFlow(dims, context, layers), scale, seed).to(dtype)
-    draw = torch.randn(512, dims + context, generator=generator, dtype=torch.float64).to(dtype)
-    flow.start(*draw.split([dims, context], -1))
-    return flow.requires_grad_(False)
-
-
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_logdet_is_autograds(layers):
     worst = 0.0
@@ -167,10 +171,6 @@ def test_inverse_inverts(layers):
         assert (back - x).abs().max() < 1e-5
         assert (logdet + log_back).abs().max() < 3e-5
         assert (z - x).abs().max() > 0.5
-
-
-def normal_log_prob(x):
-    return -(x**2).sum(-1) / 2 - x.shape[-1] * math.log(2 * math.pi) / 2
 
 
 def test_density_by_inverse_is_density_by_forward():
@@ -269,11 +269,21 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.parametrize(
-    "name, value", [("dims", 0), ("context", 0), ("layers", 0), ("bins", 1), ("bound", -1.0), ("dims", 2.5)]
+    "name, value",
+    [
+        ("dims", 0),
+        ("context", 0),
+        ("layers", 0),
+        ("bins", 1),
+        ("bins", 501),
+        ("bound", -1.0),
+        ("bound", math.inf),
+        ("dims", 2.5),
+    ],
 )
 def test_bad_sizes_are_named(name, value):
     sizes = {"dims": 4, "context": 8, "layers": 1} | {name: value}
-    with pytest.raises(ValueError, match=f"^{name} is {value}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be .* got {value}"):
         ConditionalFlow(**sizes)
 
 
@@ -289,3 +299,14 @@ def test_bad_inputs_are_named():
             flow.start(bad, torch.zeros(len(bad), 8))
     with pytest.raises(ValueError, match="3K-1"):
         spline_parameters(torch.zeros(13), 5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_flows_of_half_precision_stay_near(dtype):
+    flow = random_flow(6, 8, 2, 0.3, dtype=torch.float32)
+    torch.manual_seed(0)
+    x, a = torch.randn(20, 6), torch.randn(20, 8)
+    exact = flow(x, a)[0]
+    z, logdet = flow.to(dtype)(x.to(dtype), a.to(dtype))
+    assert z.dtype == logdet.dtype == torch.float32 and (z - exact).abs().mean() < 0.05

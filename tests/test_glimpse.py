@@ -18,7 +18,7 @@ def test_rows_are_rows():
 
 def test_grid_covers_the_image():
     grid = Grid(32, 8)
-    assert (grid.n, grid.count) == (7, 49)
+    assert (grid.n, grid.count, grid.stride) == (7, 49, 4)
     seen = torch.zeros(32, 32)
     for row, column in grid.candidates().tolist():
         seen[row : row + 8, column : column + 8] += 1
@@ -26,59 +26,101 @@ def test_grid_covers_the_image():
     assert Grid(64, 16).n == 7 and Grid(28, 8).n == 6 and Grid(224, 32).n == 13
 
 
+@pytest.mark.parametrize("image", range(32, 65))
+def test_sizes_that_leave_a_rim_are_refused(image):
+    rim = (image - 16) % 8
+    if not rim:
+        assert Grid(image, 16).candidates().max() + 16 == image
+        return
+    with pytest.raises(ValueError, match=f"leaves {rim} pixels .*; {image - rim} and {image - rim + 8} fit"):
+        Grid(image, 16)
+
+
+def test_places_are_scaled():
+    grid = Grid(32, 8)
+    assert torch.allclose(grid.scale(torch.tensor([0, 24, 12])), torch.tensor([-1, 23 / 25, -1 / 25]))
+    assert grid.scale(torch.tensor([3]), torch.float64).dtype == torch.float64
+    assert Grid(1024, 16).scale(torch.tensor([1007, 1008]), torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_random_places():
     grid, generator = Grid(32, 8), torch.Generator().manual_seed(0)
     free = grid.random_locations(2000, 3, generator)
-    assert free.min() == 0 and free.max() == 24
+    assert free.shape == (2000, 3, 2) and free.min() == 0 and free.max() == 24
+    assert (free.float().mean((0, 1)) - 12).abs().max() < 0.5
     picked = grid.random_candidates(500, 49, generator)
     assert torch.equal(picked.sort(-1).values, torch.arange(49).expand(500, -1))
+    assert len(picked[:, 0].unique()) == 49
 
 
-@pytest.mark.parametrize("image, glimpse, stride", [(32, 8, 4), (64, 16, 8), (28, 8, 4), (33, 8, 3), (32, 8, 8)])
+@pytest.mark.parametrize("image, glimpse, stride", [(32, 8, 4), (64, 16, 8), (28, 8, 4), (32, 8, 3), (32, 8, 8)])
 @torch.no_grad()
-def test_map_equals_each_glimpse(image, glimpse, stride):
+def test_one_pass_over_the_image_equals_each_glimpse(image, glimpse, stride):
     torch.manual_seed(0)
     grid = Grid(image, glimpse, stride)
     network = GlimpseNetwork(grid, (16, 24), 32)
     images = torch.randn(3, 3, image, image)
-    network(images[:, None, :, :glimpse, :glimpse], torch.zeros(3, 1, 2))  # moves the running statistics off 0 and 1
+    network(images, torch.zeros(3, 1, 2, dtype=torch.long))  # moves the running statistics off 0 and 1
     network.eval()
-    each = network.pixels(sense(images, grid.candidates().expand(3, -1, -1), glimpse))
-    assert torch.allclose(network.map(images), each, atol=1e-5)
+    each = network.see(images, grid.candidates().expand(3, -1, -1))
     assert torch.allclose(network.cnn(images).flatten(2).transpose(1, 2), each, atol=1e-5)
 
 
-@pytest.mark.parametrize("glimpse", [8, 16])
-def test_both_ways_through_the_convolutions_agree(glimpse):
+@torch.no_grad()
+def test_features_are_the_formula():
     torch.manual_seed(0)
-    network = GlimpseNetwork(Grid(2 * glimpse, glimpse), (16, 24, 32), 8).double()
-    glimpses = torch.randn(20, 3, glimpse, glimpse, dtype=torch.float64)
-    direction, found = torch.randn(20, 8, dtype=torch.float64), []
-    for forward in (network.cnn, network._in_fewer_products):
-        network.zero_grad()
-        c = forward(glimpses).flatten(1)
-        c.backward(direction)
-        found.append([c, *[parameter.grad.clone() for parameter in network.cnn.parameters()]])
-    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*found))
+    network, grid = GlimpseNetwork(Grid(32, 8), (8,), 16), Grid(32, 8)
+    network.norm.running_mean.normal_(), network.norm.running_var.uniform_(0.5, 2)
+    network.norm.weight.normal_(), network.norm.bias.normal_()
+    images, places = torch.randn(2, 3, 32, 32), grid.random_locations(2, 3)
+    f = network.eval()(images, places)
+    for b in range(2):
+        for t, (row, column) in enumerate(places[b].tolist()):
+            c = network.cnn(images[b : b + 1, :, row : row + 8, column : column + 8]).flatten()
+            place = 2 * torch.tensor([row, column]) / 25 - 1
+            u = c + network.place.weight @ place + network.place.bias
+            u = torch.where(u > 0, u, 0.01 * u)
+            norm = network.norm
+            u = (u - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+            assert torch.allclose(f[b, t], u, atol=1e-5)
 
 
 @torch.no_grad()
 def test_place_reaches_the_features():
     torch.manual_seed(0)
     network = GlimpseNetwork(Grid(32, 8), (8,), 16).eval()
-    glimpse = torch.randn(1, 3, 8, 8)
-    here, swapped = (network(glimpse, torch.tensor([place])) for place in [[3, 20], [20, 3]])
+    c = torch.randn(1, 16)
+    here, swapped = (network.at(c, torch.tensor([place])) for place in [[3, 20], [20, 3]])
     assert (here - swapped).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_grey_images_and_other_types(dtype):
+    torch.manual_seed(0)
+    network, places = GlimpseNetwork(Grid(32, 8), (8,), 16, in_channels=1).eval(), torch.tensor([[[3, 20], [0, 24]]])
+    image = torch.randn(1, 1, 32, 32)
+    f = network(image, places)
+    other = network.to(dtype)(image.to(dtype), places)
+    assert other.dtype == dtype and torch.allclose(f, other.float(), atol=0.1)
+    assert network(image[:0].to(dtype), places[:0]).shape == (0, 2, 16)
 
 
 def test_bad_geometry_is_refused():
     with pytest.raises(ValueError, match="glimpse must be an even number from 4 to image = 32"):
         Grid(32, 33)
-    with pytest.raises(ValueError, match="stride must be from 1"):
-        Grid(32, 8, 0)
-    with pytest.raises(ValueError, match="channels must list 1 to 3"):
-        GlimpseNetwork(Grid(32, 8), (8, 8, 8, 8))
-    with pytest.raises(ValueError, match=r"from \(0, 0\) to \(24, 24\)"):
-        sense(torch.zeros(1, 3, 32, 32), torch.tensor([[[0, 25]]]), 8)
+    for glimpse in (2, 7, 34):
+        with pytest.raises(ValueError, match=f"glimpse must be an even number.* got {glimpse}"):
+            Grid(32, glimpse)
+    for stride in (0, 9):
+        with pytest.raises(ValueError, match=f"stride must be from 1 to glimpse = 8, got {stride}"):
+            Grid(32, 8, stride)
+    for channels in ((), (8, 8, 8, 8)):
+        with pytest.raises(ValueError, match="channels must list 1 to 3"):
+            GlimpseNetwork(Grid(32, 8), channels)
+    image = torch.zeros(1, 3, 32, 32)
+    for place in ([0, 25], [25, 0], [-1, 0], [0, -1]):
+        with pytest.raises(ValueError, match=r"from \(0, 0\) to \(24, 24\)"):
+            sense(image, torch.tensor([[place]]), 8)
     with pytest.raises(ValueError, match="locations B×T×2"):
-        sense(torch.zeros(1, 3, 32, 32), torch.zeros(1, 2), 8)
+        sense(image, torch.zeros(1, 2), 8)

@@ -2,42 +2,57 @@
 
 import pytest
 import torch
-from torch import nn
 
-from phattn.flows import ConditionalFlow
-from phattn.partial_vae import Decoder, Encoder, PartialVAE, _repeat_border
+from phattn.partial_vae import Decoder, Encoder, NoFlow, PartialVAE, _repeat_border
 
 
-def test_border_is_replicated():
-    x = torch.randn(2, 7, 7, 3)
-    padded = nn.functional.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
-    assert torch.equal(_repeat_border(x), padded)
+def test_border_is_repeated():
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    assert _repeat_border(x)[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
 
 
 def test_decoder_sizes():
     for n in (2, 3, 6, 7, 13):
         assert Decoder(n, 4, 5, 2)(torch.randn(2, 3, 4)).shape == (2, 3, n * n, 5)
-    with pytest.raises(ValueError, match="n must be at least 2"):
-        Decoder(1, 4, 5)
+    assert Decoder(7, 4, 5, 1)(torch.randn(0, 4)).shape == (0, 49, 5)
+    for n, convolutions in ((1, 6), (7, 0)):
+        with pytest.raises(ValueError, match=f"n must be at least 2 and .*, got {n} and {convolutions}"):
+            Decoder(n, 4, 5, convolutions)
 
 
 def test_some_places_are_those_of_the_map():
     torch.manual_seed(0)
     decoder, z, places = Decoder(7, 4, 5, 2, 16), torch.randn(3, 20, 4), torch.randint(49, (20, 6))
-    index = places[..., None].expand(3, -1, -1, 5)
-    assert torch.allclose(decoder(z, places), decoder(z).gather(2, index), atol=1e-5)
+    some, every = decoder.at(z, places), decoder(z)
+    for p in range(3):
+        for b in range(20):
+            assert torch.allclose(some[p, b], every[p, b, places[b]], atol=1e-5)
 
 
-def test_many_maps_are_decoded_as_one_is():
+def test_places_are_in_row_major_order():
     torch.manual_seed(0)
-    decoder, z = Decoder(7, 4, 64, 2), torch.randn(40, 4)  # 40: fewer products; 1: the library's convolution
-    assert torch.allclose(decoder(z), torch.cat([decoder(one[None]) for one in z]), atol=1e-4)
-    assert decoder(z[:0]).shape == (0, 49, 64)
+    decoder, z = Decoder(5, 4, 3, 2, 8), torch.randn(1, 4)
+    before = decoder(z)[0]
+    with torch.no_grad():
+        decoder.norms[-1].weight[0, 4] += 1  # the last norm, at row 0 and column 4
+    moved = (decoder(z)[0] - before).abs().sum(-1).view(5, 5) > 1e-6
+    assert moved.nonzero().tolist() == [[0, 3], [0, 4], [1, 3], [1, 4]]
 
 
-def _small_vae(n=3, hidden=12, features=4, latent=6, layers=1):
+class Stretch(NoFlow):
+    """A flow with a context and a determinant: every number times e to the mean of the context."""
+
+    def forward(self, x, context):
+        log_scale = context.mean(-1)
+        return x * log_scale.exp()[..., None], x.shape[-1] * log_scale.expand(x.shape[:-1])
+
+    def inverse(self, z, context):
+        return self(z, -context)
+
+
+def _small_vae(n=3, hidden=12, features=4, latent=6):
     torch.manual_seed(0)
-    vae = PartialVAE(Encoder(hidden, 5, latent), ConditionalFlow(latent, 5, layers), Decoder(n, latent, features, 2))
+    vae = PartialVAE(Encoder(hidden, 5, latent), Stretch(), Decoder(n, latent, features, 2))
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -72,9 +87,15 @@ def test_bound_needs_the_places_seen_only():
 
 
 def test_density_of_a_sample_is_its_density():
-    vae, h = _small_vae(layers=2).double(), torch.randn(5, 12, dtype=torch.float64)
+    vae, h = _small_vae().double(), torch.randn(5, 12, dtype=torch.float64)
     z, log_q = vae.sample(h, samples=3)
     assert z.shape == (3, 5, 6) and log_q.shape == (3, 5)
+    assert torch.allclose(vae.log_prob(z, h), log_q, atol=1e-5)
+    vae.flow = NoFlow()
+    z, log_q = vae.sample(h, samples=3)
+    _, mean, log_variance = vae.encoder(h)
+    gaussian = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    assert torch.allclose(gaussian.log_prob(z).sum(-1), log_q, atol=1e-5)
     assert torch.allclose(vae.log_prob(z, h), log_q, atol=1e-5)
 
 
@@ -102,6 +123,7 @@ def test_importance_weighted_estimate_is_above_the_bound():
 
 def test_extreme_states_stay_finite():
     vae = _small_vae()
+    vae.flow = NoFlow()
     h = torch.tensor([1e4, -1e4])[:, None].expand(2, 12)
     results = _bound_and_gradient(vae, h, torch.full((2, 9, 4), 100.0), torch.ones(2, 9, dtype=torch.bool))
     assert all(result.isfinite().all() for result in results)

@@ -28,7 +28,7 @@ def _exact_gradient(ram, image, label):
     pixels = torch.cartesian_prod(torch.arange(5), torch.arange(5))
     first, second = pixels.repeat_interleave(25, 0), pixels.repeat(25, 1)
     states = ram.model.follow(
-        ram.model.pixels(image.expand(625, -1, -1, -1), torch.stack([first, second], 1)),
+        ram.model.glimpse.see(image.expand(625, -1, -1, -1), torch.stack([first, second], 1)),
         torch.stack([first, second], 1),
     ).detach()
     edges = 2 * (torch.arange(6) - 0.5) / 5 - 1  # between neighbouring pixels, scaled; the outer two are open

@@ -22,6 +22,16 @@ def test_state_product_is_made_once():
     assert rows == [4]
 
 
+def test_a_step_is_the_formula():
+    torch.manual_seed(0)
+    recurrence, f, h = Recurrence(3, 5), torch.randn(3), torch.randn(5)
+    recurrence.norm.weight.data.normal_(), recurrence.norm.bias.data.normal_()
+    u = recurrence.from_state.weight @ h + recurrence.from_state.bias + recurrence.from_glimpse.weight @ f
+    u = torch.where(u > 0, u, 0.01 * u)
+    u = (u - u.mean()) / (u.var(correction=0) + 1e-5).sqrt() * recurrence.norm.weight + recurrence.norm.bias
+    assert torch.allclose(recurrence(f, h), u, atol=1e-5) and recurrence.start(2).tolist() == [[0.0] * 5] * 2
+
+
 def test_images_do_not_mix():
     recurrence, f, h = Recurrence(8, 16), torch.randn(2, 8), torch.randn(2, 16)
     other = f.clone()
@@ -32,9 +42,10 @@ def test_images_do_not_mix():
 
 def test_dropout_in_training_only():
     torch.manual_seed(0)
-    classifier, h = Classifier(64, 10, 0.5), torch.randn(3, 64)
-    assert not torch.equal(classifier.train()(h), classifier(h))
-    assert torch.equal(classifier.eval()(h), classifier(h))
+    classifier, h = Classifier(64, 10), torch.randn(2000, 64)
+    assert torch.equal(classifier.eval()(h), classifier.linear(h))
+    dropped = classifier.train().dropout(torch.ones(2000, 64))
+    assert abs((dropped == 0).float().mean() - 0.5) < 0.01 and dropped.max() == 2
 
 
 def test_extreme_features_stay_finite():

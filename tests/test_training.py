@@ -3,19 +3,29 @@
 import json
 import math
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 
 from phattn.data import digits, normalise
 from phattn.data.images import ImageSet
-from phattn.engine.loop import Phase, Recipe, learn
+from phattn.engine.loop import learn
 from phattn.engine.runs import Run
 from phattn.engine.weights import load_tensors
 from phattn.model import CONFIGS, HardAttention, ModelConfig
 from phattn.policy import EIG, look
-from phattn.training import LOSSES, _choose, _imagine, prepare, recipe, third_loss, train_phase
+from phattn.training import (
+    LOSSES,
+    PHASES,
+    Recipe,
+    _choose,
+    _imagine,
+    first_loss,
+    prepare,
+    recipe,
+    third_loss,
+    train_phase,
+)
 
 
 def _small(images=96):
@@ -46,6 +56,77 @@ def test_third_phase_moves_no_statistics():
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
+def _watch(monkeypatch, phase, **changes):
+    """Run a loss; returns the model, the loss, its log, and the places and features that its bound was given."""
+    model, data = _small(32)
+    given = {}
+    elbo = type(model.vae).elbo
+
+    def watched(vae, h, features, seen, **more):
+        given.update(h=h, features=features, seen=seen, **more)
+        return elbo(vae, h, features, seen, **more)
+
+    monkeypatch.setattr(type(model.vae), "elbo", watched)
+    prepare(model, phase)
+    torch.manual_seed(3)
+    loss, log = LOSSES[phase](model, normalise(data.images), data.labels, recipe("digits", phase, **changes))
+    return model, loss, log, given
+
+
+def test_third_phase_looks_where_the_gain_is_largest(monkeypatch):
+    scores = []
+
+    def told(policy, view):
+        scores.append(torch.rand(view.seen.shape))
+        return scores[-1]
+
+    monkeypatch.setattr(EIG, "__call__", told)
+    *_, given = _watch(monkeypatch, "third", elbo_steps=None)
+    places = given["places"][:, 0]
+    assert len(places[:, 0].unique()) > 5 and all(len(set(row)) == 7 for row in places.tolist())
+    for t in range(6):
+        left = scores[t].scatter(1, places[:, : t + 1], -1.0)
+        assert torch.equal(left.argmax(-1), places[:, t + 1])
+
+
+def test_third_loss_is_the_bound_and_the_cross_entropy(monkeypatch):
+    for ccebal in (0.0, 1.0, 16.0):
+        _, loss, log, _ = _watch(monkeypatch, "third", ccebal=ccebal)
+        assert torch.allclose(loss, -log["bound"] + ccebal * log["cross-entropy"], atol=1e-4)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("phase", ["second", "third"])
+def test_the_bound_is_told_what_was_seen(phase, monkeypatch):
+    model, loss, log, given = _watch(monkeypatch, phase, elbo_steps=None)
+    assert not given["features"].requires_grad
+    seen = given["seen"][given["seen"].sum(-1).argsort()]
+    assert torch.equal(seen, torch.ones(7, 7).tril().bool())
+    parts = log["log_likelihood"] + log["log_prior"] - log["log_posterior"]
+    assert torch.allclose(log["bound"], parts, atol=1e-4)
+    monkeypatch.undo()
+    torch.manual_seed(7)
+    elbo = model.vae.elbo(given["h"], given["features"], given["seen"], places=given["places"])
+    assert abs(elbo.bound.mean() / model.config.latent - log["bound"]) < 0.5  # the same but for the noise
+
+
+def test_first_phase_looks_everywhere(monkeypatch):
+    model, data = _small(96)
+    looked = []
+    see = type(model.glimpse).see
+    monkeypatch.setattr(type(model.glimpse), "see", lambda net, x, places: looked.append(places) or see(net, x, places))
+    first_loss(model, normalise(data.images), data.labels, recipe("digits", "first"))
+    assert looked[0].shape == (96, 7, 2) and (looked[0].flatten(0, 1).unique(dim=0).shape[0]) > 300
+    assert looked[0].amin() == 0 and looked[0].amax() == 24
+
+
+def test_second_phase_starts_the_flow():
+    model, data = _small()
+    assert not model.vae.flow.norms[0].started
+    train_phase(model, data, recipe("digits", "second", epochs=1, batch=32))
+    assert model.vae.flow.norms[0].started
+
+
 @pytest.mark.parametrize(
     "phase, moving",
     [
@@ -69,8 +150,8 @@ def test_every_geometry_trains_and_looks(image, glimpse):
     model = HardAttention(ModelConfig(classes=2, image=image, glimpse=glimpse, **widths))
     images = torch.randint(256, (4, 3, image, image), dtype=torch.uint8)
     data = ImageSet(images, torch.tensor([0, 1, 0, 1]), ("a", "b"))
-    for phase in get_args(Phase):
-        history = train_phase(model, data, Recipe(phase, epochs=1, batch=2, looks=3))
+    for phase in PHASES:
+        history = train_phase(model, data, Recipe(phase=phase, epochs=1, batch=2, looks=3))
         assert math.isfinite(history[0]["loss"])
     n = (image - glimpse) // (glimpse // 2) + 1
     assert look(model, images, EIG(2), 4).scores.shape == (4, 3, n, n)
@@ -98,14 +179,13 @@ def test_bound_at_a_random_step_is_unbiased():
 
 
 def _train(folder, resume=False, stop_after=None, phase="second", epochs=3):
-    def report(epoch, model):
+    def stop(epoch, model, record):
         if epoch == stop_after:
             raise KeyboardInterrupt
-        return {}
 
     model, data = _small()
     with Run(folder, {"phase": phase}, resume=resume) as run:
-        train_phase(model, data, recipe("digits", phase, epochs=epochs, batch=32), run, report)
+        train_phase(model, data, recipe("digits", phase, epochs=epochs, batch=32), run, [stop])
     return model.state_dict()
 
 
@@ -151,22 +231,36 @@ def test_cuda_trains(phase):
     assert math.isfinite(record["loss"]) and torch.cuda.memory_allocated() - before < 100e6
 
 
+@pytest.mark.parametrize("phase", ["first", "second", "third"])
+def test_double_precision_has_the_same_losses(phase):
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        model, data = _small(32)
+        prepare(model, phase)
+        torch.manual_seed(0)
+        images = normalise(data.images).to(dtype)
+        losses.append(LOSSES[phase](model.to(dtype), images, data.labels, recipe("digits", phase))[0].item())
+    assert abs(losses[0] - losses[1]) < (1e-4 if phase == "first" else 0.5) * abs(losses[0])
+
+
 def test_bad_training_is_refused():
     model, data = _small()
     with pytest.raises(ValueError, match="batch must be at most 96"):
         train_phase(model, data, recipe("digits", "first", batch=97))
     with pytest.raises(ValueError, match="looks must be from 1 to 49"):
         train_phase(model, data, recipe("digits", "first", looks=50, batch=2))
+    other = HardAttention(replace(CONFIGS["digits"], classes=200, image=64, glimpse=16, names=()))
     with pytest.raises(ValueError, match="the model takes 200 classes of 64×64"):
-        train_phase(
-            HardAttention(replace(CONFIGS["digits"], classes=200, image=64, glimpse=16, names=())),
-            data,
-            recipe("digits", "first"),
-        )
+        train_phase(other, data, recipe("digits", "first"))
+    with pytest.raises(ValueError, match="colour images, the model takes .* grey images"):
+        train_phase(HardAttention(replace(CONFIGS["digits"], in_channels=1)), data, recipe("digits", "first"))
     with pytest.raises(ValueError, match="recipe must be one of paper, hours, minutes, digits, got 'quick'"):
         recipe("digits", "first", "quick")
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        recipe("digits", "first", epochs=0)
+    with pytest.raises(ValueError, match="phase must be one of first, second, third, got 'fourth'"):
+        recipe("digits", "fourth")
+    for name, value in {"epochs": 0, "batch": 1, "looks": 0, "elbo_steps": 0, "ccebal": -1.0}.items():
+        with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
+            recipe("digits", "first", **{name: value})
 
 
 def test_a_bad_step_can_be_done_again(tmp_path):
@@ -180,8 +274,8 @@ def test_a_bad_step_can_be_done_again(tmp_path):
     model, data = _small()
     chosen = recipe("digits", "third", epochs=2, batch=32, augment=True)
     with Run(tmp_path, {}) as run, pytest.raises(FloatingPointError):
-        learn(model, loss_of, prepare(model, "third"), data, chosen, run)
-    batch = load_tensors(tmp_path / "nonfinite.pth")
+        learn(model, loss_of, data.shuffled(32, augment=True), chosen, parameters=prepare(model, "third"), run=run)
+    batch = load_tensors(tmp_path / "nonfinite.safetensors")
     again, _ = _small(2)
     again.load_state_dict(batch["model"])
     prepare(again, "third")
@@ -202,7 +296,7 @@ def test_skipped_steps_leave_no_trace(phase):
 
     model, data = _small()
     chosen = recipe("digits", phase, epochs=1, batch=32, on_nonfinite="skip")
-    history = learn(model, loss_of, prepare(model, phase), data, chosen)
+    history = learn(model, loss_of, data.shuffled(32), chosen, parameters=prepare(model, phase))
     same = [
         all(torch.equal(value, then[name]) for name, value in now.items() if "batches" not in name)
         for then, now in zip(before, [*before[1:], model.state_dict()])

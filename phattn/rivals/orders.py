@@ -65,7 +65,7 @@ def best_fixed_order(
     first = torch.randint(model.grid.count, (len(data),), generator=generator, device=home).to(model.device)
     candidates, order = model.grid.candidates(model.device), []
     with evaluating(model):
-        parts = [model.glimpse.map(images) for images, _ in data.batches(batch)]
+        parts = [model.map(images) for images, _ in data.batches(batch)]
         f = torch.cat([model.glimpse.at(part, candidates) for part in parts])
         h = model.recurrence(f[torch.arange(len(f)), first], model.recurrence.start(len(f)))
         for _ in range(looks):

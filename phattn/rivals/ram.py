@@ -90,7 +90,7 @@ def _explore(ram: RAM, images: Tensor, looks: int) -> tuple[Tensor, Tensor]:
     place = model.grid.random_locations(len(images), 1, device=images.device)
     h = model.recurrence.start(len(images))
     for t in range(looks):
-        h = model.recurrence(model.glimpse.at(model.pixels(images, place), place)[:, 0], h)
+        h = model.recurrence(model.glimpse.at(model.glimpse.see(images, place), place)[:, 0], h)
         states.append(h)
         if t + 1 < looks:
             mean = ram.locate(h.detach())
