@@ -6,6 +6,7 @@ small models whose every parameter and statistic is moved off its start.
 
 import math
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import sync
@@ -20,32 +21,24 @@ from phattn.policy import EIG, expected_information_gain, look
 from phattn.training import LOSSES, Recipe, prepare, train_phase
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
-# image, glimpse, stride: 5×5 places; 4×4; and 3×3 of glimpses whose stride is not half a side
-GEOMETRIES = [(24, 8, None), (20, 8, None), (14, 10, 2)]
+# image, glimpse, stride, channels: 5×5 places; 4×4; and 3×3 of grey glimpses whose stride is not half a side
+GEOMETRIES = [(24, 8, None, 3), (20, 8, None, 3), (14, 10, 2, 1)]
 BATCH, LOOKS = 4, 4
+normal = partial(torch.randn, dtype=torch.float64)
 
 
 class Recorder(TorchFunctionMode):
-    """Keeps what torch draws, by the function that drew it, and leaves in float64 what asks for float32."""
+    """Keeps what torch draws, by the function that drew it."""
 
     def __init__(self):
         super().__init__()
         self.draws: dict[str, list[Tensor]] = defaultdict(list)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.float and args[0].dtype == torch.double:
-            return args[0]
         result = function(*args, **(kwargs or {}))
         if function in (torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like):
-            self.draws[function.__name__].append(result)
+            self.draws[function.__name__].append(result.double() if result.is_floating_point() else result)
         return result
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +50,11 @@ def plain():
 
 @pytest.fixture(params=GEOMETRIES, ids=str)
 def model(request) -> HardAttention:
-    image, glimpse, stride = request.param
+    image, glimpse, stride, channels = request.param
     torch.manual_seed(0)
-    widths = dict(channels=(4, 5), features=6, latent=4, hidden=7, flow_layers=2, decoder_convolutions=2, dropout=0.0)
-    made = HardAttention(ModelConfig(classes=3, image=image, glimpse=glimpse, stride=stride, **widths))
+    sizes = dict(classes=3, image=image, glimpse=glimpse, stride=stride, in_channels=channels, channels=(4, 5))
+    sizes |= dict(features=6, latent=4, hidden=7, flow_layers=2, decoder_convolutions=2, dropout=0.0)
+    made = HardAttention(ModelConfig(**sizes)).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -81,7 +75,7 @@ def reference(plain, model):
 def batch(model: HardAttention) -> tuple[Tensor, Tensor]:
     """Images and labels."""
     side = model.config.image
-    return torch.randn(BATCH, 3, side, side), torch.tensor([0, 1, 2, 1])
+    return torch.rand(BATCH, model.config.in_channels, side, side).double() * 2 - 1, torch.tensor([0, 1, 2, 1])
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -106,7 +100,7 @@ def same_gradients(model, reference, ours: Tensor, theirs: Tensor, learning: lis
 def test_features(model, reference):
     images, _ = batch(model)
     locations = model.grid.random_locations(BATCH, LOOKS)
-    c = model.pixels(images, locations)
+    c = model.glimpse.see(images, locations)
     for number, image in enumerate(images):
         for t, (row, column) in enumerate(locations[number].tolist()):
             glimpse = reference.cut(image, row, column)[None]
@@ -117,7 +111,7 @@ def test_features(model, reference):
 
 def test_features_of_the_whole_map(model, reference):
     images, _ = batch(model)
-    c = model.glimpse.map(images)
+    c = model.map(images)
     for number, image in enumerate(images):
         for place in range(model.grid.count):
             glimpse = reference.cut(image, *reference.location(place))[None]
@@ -125,13 +119,13 @@ def test_features_of_the_whole_map(model, reference):
 
 
 def test_update_and_answer(model, reference):
-    f, h = torch.randn(5, 6), torch.randn(5, 7)
+    f, h = normal(5, 6), normal(5, 7)
     close(model.recurrence(f, h), reference.update(f, h))
     close(model.classifier(h).log_softmax(-1), reference.classify(h))
 
 
 def test_flow_and_its_log_determinant(model, reference):
-    x, a = 3 * torch.randn(50, 4), torch.randn(50, 6)
+    x, a = 3 * normal(50, 4), normal(50, 6)
     with Recorder():
         z, log_det = model.vae.flow(x, a)
     expected, expected_log_det = reference.flow(x, a)
@@ -144,7 +138,7 @@ def test_flow_and_its_log_determinant(model, reference):
 
 
 def test_samples(model, reference):
-    h = torch.randn(5, 7)
+    h = normal(5, 7)
     with Recorder() as recorder:
         z, log_q = model.vae.sample(h, 3)
     (draws,) = recorder.draws["randn"]
@@ -157,12 +151,12 @@ def test_samples(model, reference):
 
 
 def test_imagination(model, reference):
-    z = torch.randn(5, 4)
+    z = normal(5, 4)
     close(model.vae.decoder(z), reference.decode(z).flatten(2).transpose(1, 2))
 
 
 def test_bound(model, reference):
-    h, features = torch.randn(BATCH, 7), torch.randn(BATCH, model.grid.count, 6)
+    h, features = normal(BATCH, 7), normal(BATCH, model.grid.count, 6)
     seen = torch.rand(BATCH, model.grid.count) < 0.3
     with Recorder() as recorder:
         elbo = model.vae.elbo(h, features, seen, samples=2)
@@ -175,7 +169,7 @@ def test_bound(model, reference):
 
 
 def test_gain(model, reference):
-    h = torch.randn(BATCH, 7)
+    h = normal(BATCH, 7)
     with Recorder() as recorder:
         features = model.vae.imagine(h, 5)
         gain = expected_information_gain(model, features, h, model.classifier(h).log_softmax(-1))
@@ -188,7 +182,7 @@ def test_first_loss(model, reference):
     images, labels = batch(model)
     learning = prepare(model, "first")
     with Recorder() as recorder:
-        loss, _ = LOSSES["first"](model, images, labels, Recipe("first", epochs=1, looks=30))
+        loss, _ = LOSSES["first"](model, images, labels, Recipe(phase="first", epochs=1, looks=30))
     (locations,) = recorder.draws["randint"]
     last = model.config.image - model.config.glimpse
     assert all(set(part.tolist()) == set(range(last + 1)) for part in locations.flatten(0, 1).T)  # any pixel
@@ -201,7 +195,7 @@ def test_second_loss(model, reference, elbo_steps):
     learning = prepare(model, "second")
     with Recorder() as recorder:
         loss, _ = LOSSES["second"](
-            model, images, labels, Recipe("second", epochs=1, looks=LOOKS, elbo_steps=elbo_steps)
+            model, images, labels, Recipe(phase="second", epochs=1, looks=LOOKS, elbo_steps=elbo_steps)
         )
     (order,), (steps,), (draws,) = (recorder.draws[name] for name in ("rand", "randperm", "randn"))
     assert order.shape == (BATCH, model.grid.count) and set(steps.tolist()) == set(range(LOOKS))
@@ -216,7 +210,7 @@ def test_third_loss(model, reference, elbo_steps):
     learning = prepare(model, "third")
     with Recorder() as recorder:
         loss, _ = LOSSES["third"](
-            model, images, labels, Recipe("third", epochs=1, looks=LOOKS, elbo_steps=elbo_steps, ccebal=16.0)
+            model, images, labels, Recipe(phase="third", epochs=1, looks=LOOKS, elbo_steps=elbo_steps, ccebal=16.0)
         )
     (places,), (steps,), (*choosing, draws) = (recorder.draws[name] for name in ("randint", "randperm", "randn"))
     assert set(steps.tolist()) == set(range(LOOKS))
@@ -240,7 +234,7 @@ def test_look(model, reference):
 def test_first_looks_are_anywhere(model):
     images, labels = (part.repeat_interleave(100, 0) for part in batch(model))
     with Recorder() as recorder:
-        LOSSES["third"](model, images, labels, Recipe("third", epochs=1, looks=1))
+        LOSSES["third"](model, images, labels, Recipe(phase="third", epochs=1, looks=1))
         look(model, images, EIG(1), 1)
     for places in recorder.draws["randint"]:
         counts = places.bincount(minlength=model.grid.count)
@@ -291,15 +285,14 @@ def test_losses_drop_channels(model, phase):
     losses = []
     for model.classifier.dropout.p in (0.0, 0.5):
         torch.manual_seed(0)
-        losses.append(LOSSES[phase](model, images, labels, Recipe(phase, epochs=1, looks=1))[1]["cross-entropy"])
+        losses.append(LOSSES[phase](model, images, labels, Recipe(phase=phase, epochs=1, looks=1))[1]["cross-entropy"])
     assert losses[0] != losses[1]
 
 
 def test_second_phase_starts_the_flow(model):
-    torch.set_default_dtype(torch.float32)  # images are
-    model.float()
+    model.float()  # as images are when they are trained with
     side = model.config.image
-    images = torch.randint(256, (256, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(256, (256, model.config.in_channels, side, side), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(256) % 3, tuple("abc"))
     places = model.grid.candidates()[model.grid.random_candidates(256, LOOKS)]
     found, weights = [], {name: value.clone() for name, value in model.named_parameters() if "flow.norms" not in name}
@@ -308,14 +301,14 @@ def test_second_phase_starts_the_flow(model):
 
     def outputs() -> list[Tensor]:
         model.eval()
-        h = model.follow(model.pixels(normalise(images), places), places)
+        h = model.follow(model.glimpse.see(normalise(images), places), places)
         found.clear()
         with torch.no_grad():
             model.vae.sample(h, 4)
         return [torch.stack([y.mean(0).abs().max(), y.std(0).log().abs().max()]) for y in found]
 
     assert all(off.max() > 1 for off in outputs())
-    train_phase(model, data, Recipe("second", epochs=1, batch=32, looks=LOOKS, lr=1e-30))
+    train_phase(model, data, Recipe(phase="second", epochs=1, batch=32, looks=LOOKS, lr=1e-30))
     assert all(off.max() < 0.5 for off in outputs())
     assert all(norm.started for norm in model.vae.flow.norms)
     assert all(torch.equal(weights[name], value) for name, value in model.named_parameters() if name in weights)
