@@ -42,7 +42,7 @@ class Grid:
             raise ValueError(f"stride must be from 1 to glimpse = {self.glimpse}, got {self.stride}")
         if rim := (self.image - self.glimpse) % self.stride:
             fits = f"{self.image - rim} and {self.image - rim + self.stride}"
-            raise ValueError(f"image = {self.image} leaves {rim} pixels at its edge that no glimpse reaches; {fits} fit")
+            raise ValueError(f"image = {self.image} leaves {rim} pixels at the edge that no glimpse reaches; {fits} fit")
 
     @property
     def n(self) -> int:

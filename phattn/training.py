@@ -259,8 +259,8 @@ def check(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
     wanted = (config.image, config.classes, config.in_channels)
     if (data.size, data.classes, data.channels) != wanted:
         raise ValueError(
-            f"data hold {data.classes} classes of {data.size}×{data.size} {kind[data.channels]} images, the model takes "
-            f"{config.classes} classes of {config.image}×{config.image} {kind.get(config.in_channels, '')} images"
+            f"data hold {data.classes} classes of {data.size}×{data.size} {kind[data.channels]} images, "
+            f"the model takes {config.classes} classes of {config.image}×{config.image} {kind.get(config.in_channels, '')} images"
         )
     if recipe.batch > len(data):
         raise ValueError(f"batch must be at most {len(data)}, the number of training images, got {recipe.batch}")
