@@ -23,7 +23,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from phattn.data.datasets import load
+from phattn.data.datasets import DATASETS, load, own_size
 
 
 def patch(k, size):
@@ -323,12 +323,14 @@ def test_tinyimagenet_says_what_is_wrong(tmp_path):
 def test_load_finds_data_sets_by_name(tmp_path):
     assert len(load("digits", "test", seed=1)) == 1000
     assert not torch.equal(load("digits", "test", seed=1).images, load("digits", "test").images)
-    with pytest.raises(ValueError, match="dataset: got 'mnist'.*digits, svhn, cifar10, .*, folder, npz"):
-        load("mnist", "train")
-    with pytest.raises(ValueError, match="split: got 'extra'; must be one of train, test"):
+    for call in (lambda: load("mnist", "train"), lambda: own_size("mnist")):
+        with pytest.raises(ValueError, match="dataset must be one of digits, svhn, .*, folder, npz, got 'mnist'"):
+            call()
+    with pytest.raises(ValueError, match="split must be one of train, test, got 'extra'"):
         load("svhn", "extra")
-    with pytest.raises(ValueError, match="size: got 48; only images of a folder"):
-        load("cifar10", "train", size=48)
+    for dataset in ("cifar10", "digits"):
+        with pytest.raises(ValueError, match=f"size must be left out for {dataset}: only .* are scaled, got 48"):
+            load(dataset, "train", size=48)
 
 
 def test_real_sets_may_be_arrays_and_folders_have_a_size(tmp_path):
@@ -343,4 +345,23 @@ def test_real_sets_may_be_arrays_and_folders_have_a_size(tmp_path):
         load("cifar10", "test", datapath=tmp_path)
     pictures = {f"{name}/{k}.png": encode(images[k], "png") for k in range(5) for name in "ab"}
     write_files(tmp_path / "mine", pictures)
-    assert [load("folder", "train", datapath=tmp_path / "mine", size=size).size for size in (None, 40)] == [32, 40]
+    for name, place in (("folder", tmp_path / "mine"), ("npz", tmp_path)):
+        assert own_size(name, str(place)) == 32
+        assert [load(name, "train", datapath=place, size=size).size for size in (None, 40)] == [32, 40]
+    assert own_size("digits", tmp_path) is None and own_size("cifar10", tmp_path) is None
+
+
+def test_every_set_may_be_grey(tmp_path, monkeypatch):
+    write_svhn(tmp_path, monkeypatch)
+    write_cifar(tmp_path, monkeypatch, "cifar10", count=10)
+    packed(tmp_path / "CINIC-10.tar.gz", cinic_files(1))
+    packed(tmp_path / "tiny-imagenet-200.zip", tiny_files(2))
+    write_files(tmp_path / "mine", {f"{name}/{k}.png": encode(patch(k, 32), "png") for k in range(5) for name in "ab"})
+    np.savez(tmp_path / "mine" / "test.npz", images=np.stack([patch(k, 32) for k in range(4)]), labels=np.arange(4))
+    for name in [name for name in DATASETS if name != "cifar100"]:
+        where = tmp_path / "mine" if name in ("folder", "npz") else tmp_path
+        colour, one, again = (load(name, "test", datapath=where, channels=channels) for channels in (3, 1, 1))
+        assert (colour.channels, one.channels) == (3, 1) and torch.equal(one.images, colour.grey().images), name
+        assert torch.equal(one.labels, colour.labels) and torch.equal(one.images, again.images)
+    with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 2"):
+        load("digits", "test", channels=2)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from phattn.engine.distributed import OneBatch, join, rank, share, who, world_size
+from phattn.engine.distributed import OneBatch, draws_for_one_more, join, rank, share, who, world_size
 
 
 def _as(rank: int, count: int, device: int | None = None):
@@ -24,44 +24,143 @@ def _as(rank: int, count: int, device: int | None = None):
     return mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()})
 
 
-_DRAWN = {
-    "locations": lambda x: torch.randint(25, (len(x), 3, 2)),
-    "bounds": lambda x: torch.randint(2, 9, size=(len(x),)),
-    "order": lambda x: torch.rand(len(x), 49),
-    "noise": lambda x: torch.randn((1, len(x), 3, 7)),
-    "like": lambda x: torch.randn_like(x[:, :2]) + torch.rand_like(x[:, :2]),
-    "dropout": lambda x: nn.Dropout(0.3)(x),
-    "permutation": lambda x: x[:, torch.randperm(9)],
+_PROGRAM = """
+import json, torch
+from torch import nn
+from phattn.engine.distributed import average, distribute, join, match, rank
+from torch.nn.functional import cross_entropy
+from phattn.data import digits
+from phattn.data.shared import deal
+
+def loss(model, images, labels, plan):
+    noise = torch.randn(16, *images.shape).mean(0)
+    value = cross_entropy(model(images + 0.4 * noise), labels)
+    return value, {"loss": value}
+
+with join(torch.device("cpu")) as device:
+    torch.manual_seed(rank())
+    wide, norms = nn.Conv2d(3, 8, 5, stride=3), [nn.BatchNorm2d(8), nn.BatchNorm1d(800)]
+    model = nn.Sequential(wide, norms[0], nn.ReLU(), nn.Flatten(), norms[1], nn.Dropout(0.3), nn.Linear(800, 10))
+    match(model)
+    data = deal(digits("train", seed=0, size=256, digit_px=32), device)
+    optimiser, loss, order = torch.optim.SGD(model.parameters(), 0.03), distribute(model, loss), torch.Generator()
+    torch.manual_seed(0)
+    losses = []
+    for epoch in range(4):
+        for images, labels in data.batches(32, generator=order.manual_seed(epoch), augment=True, drop_last=True):
+            value, log = loss(model, images, labels, None)
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            losses.append(average(log)["loss"].item())
+if rank() == 0:
+    print(json.dumps({"losses": losses, **{name: value.tolist() for name, value in model.state_dict().items()}}))
+"""
+
+
+def _run(processes: int, program: str = _PROGRAM) -> dict:
+    """What a program prints as JSON when torchrun starts it `processes` times."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "program.py")
+        path.write_text(program)
+        done = subprocess.run([*launch, str(path)], capture_output=True, text=True, timeout=600, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+_DRAWN = {  # what is drawn, and which dimension counts images
+    "locations": (lambda x: torch.randint(25, (len(x), 3, 2)), 0),
+    "bounds": (lambda x: torch.randint(2, 9, size=(len(x),)), 0),
+    "order": (lambda x: torch.rand(len(x), 49), 0),
+    "keyword": (lambda x: torch.rand(size=(len(x), 2), dtype=torch.float64), 0),
+    "noise": (lambda x: torch.randn((1, len(x), 3, 7)), 1),
+    "samples": (lambda x: torch.randn(6, len(x), 4), 1),
+    "turned": (lambda x: torch.rand(4, 6, len(x)), 2),
+    "like": (lambda x: torch.randn_like(x[:, :2]) + torch.rand_like(x[:, :2]) + torch.randint_like(x[:, :2], 9), 0),
+    "dropout": (lambda x: nn.Dropout(0.3)(x), 0),
+    "channels": (lambda x: nn.Dropout1d(0.3)(x.view(-1, 3, 3)), 0),
+    "permutation": (lambda x: x[:, torch.randperm(9)], 0),
+    "nobody's": (lambda x: torch.rand(6), None),
+    "one number": (lambda x: torch.rand(()), None),
+    "several": (lambda x: torch.rand(6, 4)[0, 0] + torch.randn(len(x), 6) + F.dropout(torch.ones(6, len(x), 1))[0], 0),
 }
 
 
 @pytest.mark.parametrize("count", [2, 3, 12])
 @pytest.mark.parametrize("name", list(_DRAWN))
 def test_processes_together_draw_what_one_draws(name, count):
-    x, parts, after = torch.arange(108.0).view(12, 9) + 1, [], set()
+    (draw, lead), x, parts, after = _DRAWN[name], torch.arange(108.0).view(12, 9) + 1, [], set()
     torch.manual_seed(3)
-    alone = _DRAWN[name](x)
+    alone = draw(x)
     for number in range(count):
         torch.manual_seed(3)
-        with _as(number, count), OneBatch(12) as ours:
-            parts.append(_DRAWN[name](x[ours.rows]))
+        with _as(number, count):
+            mine = x[share(12)]
+            one_more = draws_for_one_more(lambda model, x, labels: draw(x), nn.Identity(), mine, mine)
+            with OneBatch(12, one_more):
+                parts.append(draw(mine))
         after.add(torch.rand(1).item())
     assert len(after) == 1
-    whole = torch.cat(parts, 1 if name == "noise" and count < 12 else 0)
-    assert torch.equal(whole.view_as(alone), alone)
+    whole = parts if lead is None else [torch.cat(parts, lead)]
+    assert all(torch.equal(part, alone) for part in whole)
 
 
 def test_draws_that_no_process_can_share_are_refused():
+    def then_and_now(then, now):
+        one_more = draws_for_one_more(lambda model, x, labels: then(x), nn.Identity(), torch.ones(4, 2), torch.ones(4))
+        with OneBatch(8, one_more):
+            now(torch.ones(4, 2))
+
+    rows, pair = (lambda x: torch.rand(len(x))), (lambda x: torch.rand(len(x), len(x)))
+    with _as(1, 2):
+        for then, now, said in [
+            (pair, pair, r"shape \(4, 4\) for 4 images, and \(5, 5\) for one more: one dimension must be the images"),
+            (lambda x: torch.rand(2 * len(x)),) * 2 + (r"shape \(8,\) for 4 images, and \(10,\)",),
+            (rows, lambda x: torch.rand(4, 1), r"shape \(4, 1\) for 4 images, and \(5,\)"),
+            (rows, lambda x: torch.randn(4), "draw the same in the same order"),
+            (lambda x: None, rows, r"shape \(4,\) for 4 images, and \(\) for one more"),
+        ]:
+            with pytest.raises(ValueError, match=said):
+                then_and_now(then, now)
+        for draw, name in [
+            (torch.bernoulli, "bernoulli"),
+            (lambda x: x.normal_(), "normal_"),
+            (F.gumbel_softmax, "gumbel"),
+        ]:
+            with pytest.raises(ValueError, match=f"{name}.* draws in a way that processes can't share: use torch.rand"):
+                then_and_now(draw, draw)
+
+
+def test_without_listening_the_first_dimension_is_the_images():
     with _as(1, 2), OneBatch(8):
-        for draw in (lambda: torch.rand(3, 4), lambda: torch.randn(()), lambda: F.dropout(torch.ones(8, 4))):
-            with pytest.raises(ValueError, match="a loss draws a tensor of shape .*begin with a process's 4 images"):
+        torch.manual_seed(0)
+        ours = torch.rand(4, 3)
+        for draw in (lambda: torch.rand(3, 4), lambda: torch.rand(1, 4), lambda: F.dropout(torch.ones(8, 4))):
+            with pytest.raises(ValueError, match="a loss draws a tensor of shape .* for 4 images"):
                 draw()
         assert torch.equal(nn.Dropout().eval()(torch.ones(8, 4)), torch.ones(8, 4))
+    torch.manual_seed(0)
+    assert torch.equal(ours, torch.rand(8, 3)[4:])
+
+
+def test_batches_that_can_not_be_shared_are_refused():
     for batch, count in ((64, 3), (2, 4)):
         said = f"multiple of {count}, the number of processes, got {batch}"
         with _as(0, count), pytest.raises(ValueError, match=said):
             share(batch)
     assert share(7) == slice(0, 7) and rank() == 0 and world_size() == 1 and who() == ""
+
+
+def test_listening_moves_nothing():
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout()), torch.ones(4, 2)
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    heard = draws_for_one_more(lambda model, x, labels: model(x).sum(), model, x, x)
+    assert heard == [(F.dropout, (5, 3))] and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_devices_that_do_not_go_round_are_refused():
@@ -94,52 +193,6 @@ def test_another_programs_rank_is_not_ours():
         assert rank() == 0 and world_size() == 1
 
 
-_PROGRAM = """
-import json, torch
-from types import SimpleNamespace
-from torch import nn
-from torch.nn.functional import cross_entropy
-from phattn.data import digits
-from phattn.data.shared import deal
-
-def loss(model, images, labels, recipe):
-    value = cross_entropy(model(images + 0.1 * torch.randn_like(images)), labels)
-    return value, {"loss": value}
-
-with join(torch.device("cpu")) as device:
-    torch.manual_seed(rank())
-    wide, norms = nn.Conv2d(3, 8, 5, stride=3), [nn.BatchNorm2d(8), nn.BatchNorm1d(800)]
-    model = nn.Sequential(wide, norms[0], nn.ReLU(), nn.Flatten(), norms[1], nn.Dropout(0.3), nn.Linear(800, 10))
-    match(model)
-    data, recipe = deal(digits("train", seed=0, size=256, digit_px=32), device), SimpleNamespace(batch=32)
-    optimiser, loss, order = torch.optim.SGD(model.parameters(), 0.03), distribute(model, loss), torch.Generator()
-    torch.manual_seed(0)
-    losses = []
-    for epoch in range(4):
-        for images, labels in data.batches(32, generator=order.manual_seed(epoch), augment=True, drop_last=True):
-            value, log = loss(model, images, labels, recipe)
-            optimiser.zero_grad()
-            value.backward()
-            optimiser.step()
-            losses.append(average(log)["loss"].item())
-if rank() == 0:
-    print(json.dumps({"losses": losses, **{name: value.tolist() for name, value in model.state_dict().items()}}))
-"""
-
-
-def _run(processes: int, program: str = _PROGRAM) -> dict:
-    """What a program prints as JSON when torchrun starts it `processes` times."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "program.py")
-        path.write_text(program)
-        done = subprocess.run([*launch, str(path)], capture_output=True, text=True, timeout=600, env=environment)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout)
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one():
     one, two = _run(1), _run(2)
@@ -152,13 +205,13 @@ def test_two_processes_train_as_one():
 def test_a_process_without_which_nothing_goes_on_is_missed():
     program = """
 import json, os, torch
-from types import SimpleNamespace
+from phattn.engine.distributed import average, distribute, join, rank
 
 try:
     with join(torch.device("cpu")):
         model = torch.nn.Linear(3, 3)
-        step = distribute(model, lambda model, images, labels, recipe: model(images).sum())
-        step(model, torch.ones(2, 3), None, SimpleNamespace(batch=4)).backward()
+        step = distribute(model, lambda model, images, labels, plan: model(images).sum())
+        step(model, torch.ones(2, 3), torch.ones(2), None).backward()
         if rank() == 1:
             print(json.dumps("rank 1 left"), flush=True)
             os._exit(0)
@@ -168,3 +221,19 @@ except ConnectionError as error:
     assert not torch.distributed.is_initialized()
 """
     assert _run(2, program) == "rank 1 left"
+
+
+@pytest.mark.slow
+def test_unequal_rows_are_refused():
+    program = """
+import json, torch
+from phattn.engine.distributed import distribute, join, rank
+
+with join(torch.device("cpu")):
+    model = torch.nn.Linear(3, 3)
+    step = distribute(model, lambda model, images, labels, plan: model(images).sum())
+    try: step(model, torch.ones(2 + 2 * rank(), 3), torch.ones(2 + 2 * rank()), None)
+    except ValueError as error:
+        if rank() == 0: print(json.dumps(str(error)))
+"""
+    assert _run(2, program) == "each process must give equally many rows of a batch, got 2, on average 3.0"

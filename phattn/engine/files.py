@@ -6,17 +6,15 @@
 __all__ = ['write_whole', 'write_json', 'read_json', 'lock', 'sweep']
 
 # %% ../../nbs/engine/files.ipynb #29e02407
+import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
-import json
-import re
-import subprocess
-import sys
-from typing import Any
+from typing import Any, BinaryIO
+
 import filelock
 
 # %% ../../nbs/engine/files.ipynb #bb8c8737
@@ -94,6 +92,9 @@ def lock(folder: str | os.PathLike, name: str = ".lock") -> filelock.BaseFileLoc
         folder: made if it is missing.
         name: of the lock's file.
 
+    Returns:
+        The lock, held.
+
     Raises:
         BlockingIOError: if another process has it.
         OSError: if the folder can't be made or written to; the message names it.
@@ -112,5 +113,5 @@ def lock(folder: str | os.PathLike, name: str = ".lock") -> filelock.BaseFileLoc
 def sweep(folder: Path) -> None:
     """Remove what `write_whole` was writing in a folder when its process was killed."""
     for path in folder.glob(".*.*.*"):
-        if re.fullmatch(r"\.[\w-]+\.(json|pth|safetensors|png|gif)\.\w{8}", path.name):
+        if re.fullmatch(r"\.[\w-]+\.(json|safetensors|png|gif)\.\w{8}", path.name):
             path.unlink()
