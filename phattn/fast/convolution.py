@@ -136,6 +136,3 @@ def convolve_at(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) 
     pieces = first[..., None] + (side * near[:, None] + near).flatten()
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, pieces.flatten())
     return linear(pixels.view(*places.shape, -1), weight.permute(0, 2, 3, 1).flatten(1), bias)
-
-# %% ../../nbs/fast/convolution.ipynb #c5dc843c
-from contextlib import nullcontext as library_convolutions  # noqa: F401 until engine/cost and apps/export drop it
