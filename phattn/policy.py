@@ -249,7 +249,7 @@ def _check_range(images: Tensor) -> None:
     if low >= 0 and high > low:
         raise ValueError(f"float images must be in [-1, 1], got {low:.3g} to {high:.3g}, as if in [0, 1]: give uint8 images")
 
-# %% ../nbs/06_policy.ipynb #71cde497
+# %% ../nbs/06_policy.ipynb #9339d0af
 def first_places(first: Tensor | None, batch: int, count: int, generator: torch.Generator | None) -> Tensor:
     """Candidates to look at first, long, B: those given, if they are whole numbers from 0 to count - 1, or random ones."""
     if first is None:

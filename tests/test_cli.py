@@ -6,9 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image as Picture
 
-from phattn.apps.cli import main
+from phattn.apps.cli import COMMANDS, main
+from phattn.apps.models import open_model
+from phattn.apps.options import explanations
 from phattn.model import CONFIGS, HardAttention
 
 COMMON = "--dataset='digits' --datapath='./data/' --lr=0.001 --batch=64 --batchv=64 --T=7 --epochs=1"
@@ -37,6 +40,45 @@ def test_evaluate_prints_one_json_object(capsys):
     assert found["dataset"] == "digits" and found["seeds"] == [0, 1]
     assert set(found["policies"]) == {"random", "centre-out", "eig", "oracle"}
     assert all(len(found["policies"]["eig"][measure]) == 2 for measure in ("accuracy", "nll", "ece"))
+
+
+def test_policies_of_ones_own_are_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = "def corner(view):\n    return -view.seen.new_ones(view.seen.shape).cumsum(1).float()\n"
+    Path("cli_own.py").write_text(own, encoding="utf-8")
+    words = "evaluate digits --json --T=2 --test_images=40 --policies random cli_own:corner --device=cpu"
+    for fast in ("--fast", "--no-fast"):
+        assert main([*words.split(), "EIG, P = 1", fast]) == 2  # a policy among the options
+        capsys.readouterr()
+        assert main([*words.split(), fast]) == 0
+        found = json.loads(capsys.readouterr().out)["policies"]
+        assert list(found) == ["random", "cli_own:corner"] and len(found["random"]["accuracy"]) == 2
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_is_a_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "train --training_phase=second --epochs=1 --batch=1000 --T=3 --test_images=50 --logfolder=run"
+    assert main([*words.split(), "--pretrain_checkpoint=digits"]) == 0
+    trained, before = (open_model(name).state_dict() for name in ("run", "digits"))
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, trained[name])}
+    assert changed == {"vae"}
+
+
+def test_info_says_what_is_faster_here(capsys):
+    assert main(["info", "digits", "--device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said and "\nfaster here   " in said
+    assert main(["info", "digits", "--no-fast"]) == 0 and "faster here" not in capsys.readouterr().out
+
+
+def test_help_explains_every_option(capsys):
+    for command, (record, _) in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+        for name, told in explanations(record).items():
+            assert len(told) > 5 and told in said, (command, name, told)
 
 
 MISTYPED = [

@@ -209,9 +209,8 @@ class Gated(nn.Module):
 
 def _of_ones_own():
     torch.manual_seed(0)
-    config = ModelConfig(
-        classes=3, image=24, in_channels=1, channels=(8,), features=9, latent=6, hidden=10, flow_layers=0
-    )
+    sizes = dict(classes=3, image=24, in_channels=1, channels=(8,), features=9, latent=6, hidden=10)
+    config = ModelConfig(**sizes, flow_layers=0)
     deeper = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 3))
     return HardAttention(config, glimpse=Fovea(config.grid, 9), recurrence=Gated(9, 10), classifier=deeper)
 

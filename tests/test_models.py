@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from phattn.apps.models import find_weights, open_model, settle, start_from, trained_on
+from phattn.apps.release import sources
 from phattn.engine.files import write_json
 from phattn.model import CONFIGS, HardAttention, pretrained
 
@@ -51,6 +52,39 @@ def test_weights_arrive(tmp_path):
     for name, said in [(tmp_path / "other.pth", "other.pth does not hold the"), ("cifar10", "cifar10.* does not fit")]:
         with pytest.raises(ValueError, match=said):
             start_from(model, name)
+
+
+def _as_the_release_has_it(model, imagined):
+    """A checkpoint with the numbers of a model; those of its flow it can't have."""
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("vae.flow.")}
+    wanted = {name: value for name, value in wanted.items() if imagined or not name.startswith("vae.")}
+    state = {}
+    for name, theirs in sources(wanted).items():
+        value = wanted[name]
+        if name == "vae.decoder.start.weight":
+            value = value.view(3, 3, model.config.features, -1).permute(3, 2, 0, 1)
+        if name == "vae.decoder.start.bias":
+            value = value.view(9, -1)[0]
+        if name.startswith("vae.decoder.norms."):
+            value = value.permute(2, 0, 1)
+        state |= dict.fromkeys(theirs, torch.zeros_like(value)) | {theirs[0]: value.clone()}
+    return [state, {"state": {}, "param_groups": [{"lr": 1e-3, "params": [0]}]}]
+
+
+@pytest.mark.parametrize("imagined", [False, True])
+def test_checkpoints_of_the_release_are_a_start(tmp_path, imagined):
+    trained, said = open_model("digits"), []
+    with torch.no_grad():
+        trained.vae.decoder.start.bias.copy_(trained.vae.decoder.start.bias[:32].repeat(9))
+    torch.save(_as_the_release_has_it(trained, imagined), tmp_path / "weights_f_99.pth")
+    model, fresh = _fresh(), _fresh().state_dict()
+    start_from(model, tmp_path / "weights_f_99.pth", said.append)
+    for name, value in model.state_dict().items():
+        new = name.startswith("vae.flow." if imagined else "vae.")
+        assert torch.equal(value, fresh[name] if new else trained.state_dict()[name]), name
+    assert len(said) == 1 and ("train the second phase again" in said[0]) == imagined
+    with pytest.raises(ValueError, match="weights_f_99.pth, of the authors' release, does not fit the model: .* there"):
+        start_from(HardAttention(CONFIGS["cifar10"]), tmp_path / "weights_f_99.pth")
 
 
 def test_files_and_folders_say_what_they_learnt_from(tmp_path):

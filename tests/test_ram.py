@@ -127,7 +127,7 @@ def _wishing(row, column):
 @pytest.mark.parametrize("row, column", [(1, 5), (6, 2), (3, 3)])
 def test_looks_at_the_candidate_nearest_to_the_mean(row, column):
     ram = _wishing(row, column)
-    trace = look(ram.model, torch.randn(2, 3, 32, 32), ram, 4, first=torch.tensor([0, 7 * row + column]))
+    trace = look(ram.model, 2 * torch.rand(2, 3, 32, 32) - 1, ram, 4, first=torch.tensor([0, 7 * row + column]))
     assert trace.candidates[0, 1] == 7 * row + column
     steps = (trace.candidates[1, 1:, None] // torch.tensor([7, 1]) % 7 - torch.tensor([row, column])).abs().sum(-1)
     assert steps.tolist() == [1, 1, 1]
@@ -189,9 +189,8 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
         _train(tmp_path / "broken", stop_after=2)
     resumed = _train(tmp_path / "broken", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    records = [
-        json.loads((tmp_path / name / "history.json").read_text(encoding="utf-8")) for name in ("whole", "broken")
-    ]
+    files = [tmp_path / name / "history.json" for name in ("whole", "broken")]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     whole, resumed = ([{k: v for k, v in epoch.items() if k != "seconds"} for epoch in run] for run in records)
     assert whole == resumed and len(whole) == 3 and len(whole[0]["accuracy"]) == 7
 

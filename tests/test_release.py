@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from phattn.engine.pickles import load_pickled
 
 from phattn.apps.release import convert, is_release
+from phattn.engine.pickles import load_pickled
 from phattn.model import HardAttention, ModelConfig
 
 NF, NZ, NH, CLASSES = 5, 6, 7, 3

@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from .compare import CompareOptions, compare
-from .experiment import OWN, load_data, train
+from .experiment import OWN, some_data, train
 from .export import export_model
 from .models import imagines, open_model, settle
 from phattn.apps.options import (
@@ -37,7 +37,7 @@ from ..engine.distributed import rank, who, world_size
 from ..engine.records import check_int
 from ..engine.runs import versions
 from ..evaluation import evaluate, summary
-from ..fast import accelerate
+from ..fast import choices
 from ..fast.memory import keep_freed_memory
 from ..model import HardAttention, pretrained
 from ..plots import animate_look, plot_look, save_figure
@@ -126,12 +126,12 @@ class InfoOptions(MachineOptions):
 
 # %% ../../nbs/apps/cli.ipynb #7d5d34dd
 def _test_images(options: EvaluateOptions, model: HardAttention) -> tuple[str, ImageSet]:
-    """The data set and its test images, at the model's size if they are the user's own."""
-    dataset = options.dataset or model.about.get("dataset")
+    """The data set and its test images, as the model takes them."""
+    config, dataset = model.config, options.dataset or model.about.get("dataset")
     if dataset not in DATASETS:
         raise ValueError(f"{options.model} does not say what it was trained on: give --dataset")
-    size = options.size or (model.config.image if dataset in OWN else None)
-    return dataset, load_data(replace(options, dataset=dataset, size=size), "test")
+    options, size = replace(options, dataset=dataset), config.image if dataset in OWN else None
+    return dataset, some_data(options, "test", size, config.in_channels, options.test_images)
 
 
 def _policies(options: EvaluateOptions, model: HardAttention) -> dict[str, Policy]:
@@ -160,7 +160,7 @@ def _look(options: LookOptions) -> None:
     model = open_model(options.model)
     if not imagines(model):
         raise ValueError(f"{options.model} has not learnt to imagine yet, so it can't choose: train the second phase")
-    image, policy = read_image(options.image, model.config.image), EIG(options.samples)
+    image, policy = read_image(options.image, model.config.image, model.config.in_channels), EIG(options.samples)
     settle(model, options.device, options.fast)
     how = dict(generator=torch.Generator().manual_seed(options.seed), stop_below=options.stop_below)
     trace = look(model, image, policy, options.looks, **how)
@@ -184,16 +184,29 @@ def _info(options: InfoOptions) -> None:
     if options.model is None:
         about = versions() | {"default": str(choose_device())}
         about |= {"data sets": ", ".join(DATASETS), "pretrained": ", ".join(pretrained()) or "none"}
-        print("\n".join(f"{name:14s}{value}" for name, value in about.items()))
+        print(_lines(about))
         return
     model = open_model(options.model)
     about = dict(model.about)
     for name in ("glimpse", "recurrence", "classifier", "vae"):
         about[name] = f"{sum(parameter.numel() for parameter in getattr(model, name).parameters()):,} parameters"
-    print("\n".join(f"{name:14s}{value}" for name, value in about.items()))
-    print(model.config)
+    print(f"{_lines(about)}\n{model.config}")
     if options.fast:
-        print(f"{'fast':14s}{accelerate(model.to(choose_device(options.device)))}")
+        print(_lines({"faster here": "\n".join(_chosen(model, options.device)) or "nothing"}))
+
+
+def _lines(about: dict[str, str]) -> str:
+    return "\n".join(f"{name:14s}" + value.replace("\n", "\n" + 14 * " ") for name, value in about.items())
+
+
+def _chosen(model: HardAttention, device: str) -> list[str]:
+    """What is faster on this machine than the plain parts, when a model looks at one image and at 64."""
+    settle(model, device)
+    config = model.config
+    for count in (1, 64):
+        images = torch.zeros(count, config.in_channels, config.image, config.image, dtype=torch.uint8)
+        look(model, images, EIG(20) if imagines(model) else POLICIES["random"], 2)
+    return [str(choice) for choice in choices()]
 
 # %% ../../nbs/apps/cli.ipynb #2053a589
 def _train(options: TrainOptions) -> None:

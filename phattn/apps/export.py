@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..engine.files import write_whole
 from ..engine.runs import versions
+from ..fast import plain
 from ..glimpse import GlimpseNetwork
 from ..model import HardAttention
 from ..partial_vae import PartialVAE
@@ -75,8 +76,8 @@ class Gain(nn.Module):
 
 
 def parts(model: HardAttention) -> dict[str, nn.Module]:
-    """The three parts of a model, in eval mode on the CPU; the model is left as it is."""
-    model = deepcopy(model).cpu().eval()
+    """The three parts of a model, plain and in eval mode on the CPU; the model is left as it is."""
+    model = plain(deepcopy(model)).cpu().eval()
     return {"glimpse": Glimpse(model), "belief": Belief(model), "gain": Gain(model)}
 
 # %% ../../nbs/apps/export.ipynb #a7c963dd
@@ -266,9 +267,9 @@ Made by `phattn export`. Each part is a function of tensors; B, the batch, and P
 
 | part | takes | gives |
 |---|---|---|
-| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column; top left) | f B×{features} |
-| belief | f B×{features}, h B×{hidden} (zeros before the first look) | next_h B×{hidden}, log_probs B×{classes} |
-| gain | h B×{hidden}, log_probs B×{classes}, seen bool B×{count}, noise P×B×{latent} (normal) | {what} |
+| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column) | f B×{features} |
+| belief | f B×{features}, h B×{hidden} (at first 0) | next_h B×{hidden}, log_probs B×{classes} |
+| gain | h B×{hidden}, log_probs B×{classes}, seen bool B×{count}, {noise} | {what} |
 
 Pixels are {pixels}. `model.json` lists the {count} candidates and all sizes.{usage}
 The `.pt2` files: `torch.export.load("gain.pt2").module()(h, log_probs, seen, noise)`; they need PyTorch, not phattn.
@@ -288,7 +289,8 @@ def _readme(about: dict[str, Any], onnx: bool) -> str:
     usage = _USAGE.format(**about, **how) if onnx else ""
     count = len(about["candidates"])
     what = f"scores B×{count}: expected information gain in nats, -inf where seen"
-    return _README.format(**about, count=count, what=what, usage=usage)
+    noise = f"noise P×B×{about['latent']} (standard normal)"
+    return _README.format(**about, count=count, noise=noise, what=what, usage=usage)
 
 # %% ../../nbs/apps/export.ipynb #1bb42b23
 def export_model(model: HardAttention, folder: str | PathLike, samples: int = 20, onnx: bool = True) -> Path:

@@ -88,7 +88,7 @@ def matching_width(config: ModelConfig, looks: int = 7) -> int:
 
 # %% ../../nbs/rivals/whole_image.ipynb #6919dba5
 def whole_image_loss(model: WholeImage, images: Tensor, labels: Tensor, recipe: Recipe) -> Loss:
-    """Cross-entropy of the only answer, the mean over images. The signature is what `phattn.engine.loop.learn` takes."""
+    """Cross-entropy of the only answer, the mean over images; as `phattn.engine.loop.learn` takes a loss."""
     logits = model(images).float()
     loss = cross_entropy(logits, labels)
     right = (logits.detach().argmax(-1) == labels).float().mean()
