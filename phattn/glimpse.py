@@ -41,8 +41,8 @@ class Grid:
         if not 1 <= self.stride <= self.glimpse:
             raise ValueError(f"stride must be from 1 to glimpse = {self.glimpse}, got {self.stride}")
         if rim := (self.image - self.glimpse) % self.stride:
-            fits = f"{self.image - rim} and {self.image - rim + self.stride}"
-            raise ValueError(f"image = {self.image} leaves {rim} pixels at its edge that no glimpse reaches; {fits} fit")
+            fits = f"{self.image - rim} and {self.image - rim + self.stride} fit"
+            raise ValueError(f"image = {self.image} leaves {rim} pixels at the edge that no glimpse reaches; {fits}")
 
     @property
     def n(self) -> int:
@@ -98,12 +98,12 @@ def sense(images: Tensor, locations: Tensor, size: int) -> Tensor:
     offsets = torch.arange(size, device=images.device)
     rows = locations[..., 0, None] + offsets
     columns = locations[..., 1, None] + offsets
-    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+    batch = torch.arange(images.shape[0], device=images.device)[:, None, None, None]  # `len` would fix it in exports
     return images[batch, :, rows[..., :, None], columns[..., None, :]].movedim(-1, -3)
 
 
 def _check_places(images: Tensor, locations: Tensor, size: int) -> None:
-    if images.ndim != 4 or locations.ndim != 3 or locations.shape[-1] != 2 or len(locations) != len(images):
+    if images.ndim != 4 or locations.ndim != 3 or locations.shape[-1] != 2 or locations.shape[0] != images.shape[0]:
         shapes = f"{tuple(images.shape)} and {tuple(locations.shape)}"
         raise ValueError(f"images must be B×C×H×W and locations B×T×2, got {shapes}")
     if locations.device.type == "cpu" and locations.numel() and not torch.compiler.is_compiling():
