@@ -84,8 +84,8 @@ def test_help_explains_every_option(capsys):
 MISTYPED = [
     ("train --epoch=3", "--epochs"),
     ("train --dataset=mnist", "digits"),
-    ("train --T=seven", "invalid literal"),
-    ("train --augment=maybe", "must be True or False"),
+    ("train --T=seven", "--T: invalid literal"),
+    ("train --augment=maybe", "--augment: .*must be True or False"),
     ("trian", "evaluate"),
     ("compare --seed=1", "seed"),
     ("train --training_phase=second", "phattn: training_phase=second starts from .*: give --pretrain_checkpoint"),
