@@ -69,7 +69,8 @@ class ModelConfig:
         if self.names and len(self.names) != self.classes:
             raise ValueError(f"names must list all {self.classes} classes or none, got {len(self.names)}")
         if self.grid.n < 2:
-            raise ValueError(f"image = {self.image} leaves one place for a glimpse of {self.glimpse}: nothing to choose")
+            one = f"image = {self.image} leaves one place for a glimpse of {self.glimpse}"
+            raise ValueError(f"{one}: nothing to choose")
 
     @property
     def grid(self) -> Grid:
@@ -254,7 +255,8 @@ def usual_vae(config: ModelConfig) -> PartialVAE:
     if config.flow_layers:
         flow = ConditionalFlow(config.latent, config.features, config.flow_layers, config.bins)
     encoder = Encoder(config.hidden, config.features, config.latent)
-    return PartialVAE(encoder, flow, Decoder(config.grid.n, config.latent, config.features, config.decoder_convolutions))
+    decoder = Decoder(config.grid.n, config.latent, config.features, config.decoder_convolutions)
+    return PartialVAE(encoder, flow, decoder)
 
 # %% ../nbs/05_model.ipynb #400b8753
 @contextmanager

@@ -244,14 +244,15 @@ def _check_range(images: Tensor) -> None:
     if images.device.type != "cpu" or not images.numel():
         return
     low, high = images.min().item(), images.max().item()
+    found = f"float images must be in [-1, 1], got {low:.3g} to {high:.3g}"
     if not -1.01 <= low <= high <= 1.01:
-        raise ValueError(f"float images must be in [-1, 1], got {low:.3g} to {high:.3g}: give uint8 images")
+        raise ValueError(f"{found}: give uint8 images")
     if low >= 0 and high > low:
-        raise ValueError(f"float images must be in [-1, 1], got {low:.3g} to {high:.3g}, as if in [0, 1]: give uint8 images")
+        raise ValueError(f"{found}, as if in [0, 1]: give uint8 images")
 
-# %% ../nbs/06_policy.ipynb #71cde497
+# %% ../nbs/06_policy.ipynb #9339d0af
 def first_places(first: Tensor | None, batch: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """Candidates to look at first, long, B: those given, if they are whole numbers from 0 to count - 1, or random ones."""
+    """Candidates to look at first, long, B: those given, if they are whole numbers below `count`, or random ones."""
     if first is None:
         return torch.randint(count, (batch,), generator=generator, device=generator.device if generator else None)
     whole = not (first.is_floating_point() or first.is_complex() or first.dtype == torch.bool)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from phattn.data import digits
 from phattn.data.archives import contents, decode_once, fingerprint, listing, plan_arrays, plan_files
+from phattn.data.images import grey, read_image
 
 
 def write_tree(folder, count=40):
@@ -42,25 +43,6 @@ def pack(folder, kind):
         with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
             archive.add(folder, ".")
     return path
-
-
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
-def test_archives_hold_what_the_folder_holds(tmp_path, kind):
-    tree = write_tree(tmp_path / "tree", 12)
-    (tree / ".DS_Store").write_text("hidden")
-    path, names = pack(tree, kind), listing(tree)
-    assert len(names) == 12 and sorted(listing(path)) == names
-    assert dict(contents(path, names)) == dict(contents(tree, names))
-    assert [name for name, _ in contents(path, names[3:5])] == names[3:5]
-    assert {file.name for file in tmp_path.iterdir()} == {"tree", path.name}
-
-
-def test_a_folder_may_hold_links_and_pipes(tmp_path):
-    tree = write_tree(tmp_path / "tree", 4)
-    names = listing(tree)
-    (tree / "round").symlink_to(tree)
-    os.mkfifo(tree / "pipe")
-    assert set(names) < set(listing(tree)) and not [name for name in listing(tree) if "pipe" in name]
 
 
 def forge(path, name="cat/1.png", size=0, kind=None, times=1):
@@ -98,6 +80,25 @@ HOSTILE = {
     "one huge": ("1,099,511,627,776 bytes", {"size": 2**40}),
     "many large": ("more than 4,294,967,296 bytes", {"size": 2**26, "times": 65}),
 }
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+def test_archives_hold_what_the_folder_holds(tmp_path, kind):
+    tree = write_tree(tmp_path / "tree", 12)
+    (tree / ".DS_Store").write_text("hidden")
+    path, names = pack(tree, kind), listing(tree)
+    assert len(names) == 12 and sorted(listing(path)) == names
+    assert dict(contents(path, names)) == dict(contents(tree, names))
+    assert [name for name, _ in contents(path, names[3:5])] == names[3:5]
+    assert {file.name for file in tmp_path.iterdir()} == {"tree", path.name}
+
+
+def test_a_folder_may_hold_links_and_pipes(tmp_path):
+    tree = write_tree(tmp_path / "tree", 4)
+    names = listing(tree)
+    (tree / "round").symlink_to(tree)
+    os.mkfifo(tree / "pipe")
+    assert set(names) < set(listing(tree)) and not [name for name in listing(tree) if "pipe" in name]
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
@@ -227,6 +228,7 @@ BREAKS = {
     "pictures empty": lambda stem: Path(f"{stem}.npy").write_bytes(b""),
     "another shape": lambda stem: np.save(f"{stem}.npy", np.zeros((30, 3, 32, 31), np.uint8)),
     "another count": lambda stem: np.save(f"{stem}.npy", np.zeros((29, 3, 32, 32), np.uint8)),
+    "grey": lambda stem: np.save(f"{stem}.npy", np.zeros((30, 1, 32, 32), np.uint8)),
     "another dtype": lambda stem: np.save(f"{stem}.npy", np.zeros((30, 3, 32, 32), np.float32)),
     "pickled": lambda stem: np.save(f"{stem}.npy", np.array([{}] * 30), allow_pickle=True),
     "labels cut": lambda stem: os.truncate(f"{stem}.npz", 300),
@@ -286,9 +288,37 @@ def test_a_broken_picture_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [tree]
 
 
-def test_where_nothing_can_be_stored_images_are_held_in_memory(tmp_path):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_where_nothing_can_be_stored_images_are_held_in_memory(tmp_path, channels):
     (tmp_path / "file").write_bytes(b"")  # in the place of a folder
-    images = np.zeros((2, 3, 8, 8), np.uint8)
+    some = digits(size=300)
+    plan = plan_arrays([some.images.numpy()], some.labels, some.names, tmp_path)
     with pytest.warns(UserWarning, match="file/x.*decoded at every start"):
-        held = decode_once(tmp_path / "file" / "x", "", lambda: plan_arrays([images], [0, 1], ("a", "b"), tmp_path))
-    assert len(held) == 2 and len(list(tmp_path.iterdir())) == 1
+        held = decode_once(tmp_path / "file" / "x", "", lambda: plan, channels)
+    assert torch.equal(held.images, (some if channels == 3 else some.grey()).images)
+    assert torch.equal(held.labels, some.labels) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_grey_images_are_stored_beside_those_in_colour(tmp_path):
+    tree = write_tree(tmp_path / "tree", 60)
+    files = [(name, int(name[0])) for name in sorted(listing(tree))]
+
+    def plan():
+        return plan_files(tree, files, tuple("0123456789"), 32)
+
+    for _ in range(2):
+        colour, one = (decode_once(tmp_path / "x", "", plan, channels) for channels in (3, 1))
+        assert torch.equal(one.images, grey(colour.images)) and torch.equal(one.labels, colour.labels)
+    assert {file.name for file in tmp_path.glob("x*")} == {"x.npy", "x.npz", "x-grey.npy", "x-grey.npz"}
+    with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 4"):
+        decode_once(tmp_path / "x", "", plan, 4)
+
+
+@pytest.mark.parametrize("size", [8, 20, 32, 48])
+def test_arrays_are_scaled_as_pictures_are(tmp_path, size):
+    tree = write_tree(tmp_path / "tree", 20)
+    files = [(name, 0) for name in sorted(listing(tree))]
+    arrays = [np.stack([read_image(tree / name, 32).numpy() for name, _ in part]) for part in (files[:13], files[13:])]
+    plans = plan_arrays(arrays, np.zeros(20), ("digit",), tree, size=size), plan_files(tree, files, ("digit",), size)
+    scaled, decoded = (decode_once(tmp_path / f"{k}", "", lambda plan=plan: plan) for k, plan in enumerate(plans))
+    assert torch.equal(scaled.images, decoded.images) and scaled.size == size

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sklearn.datasets
 import torch
@@ -9,85 +10,13 @@ import torchvision.transforms as tvt
 import torchvision.transforms.functional as tvf
 
 from phattn.data import denormalise, digits, normalise, read_image
-from phattn.data.augmentation import _colour_draws, _crop, _jitter, augment
+from phattn.data.augmentation import _boxes, _colour_draws, _crop, _jitter, augment
 
 
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("box", [(0, 0, 32, 32), (3, 1, 29, 27), (6, 0, 26, 32), (0, 5, 32, 25)])
-def test_crop_equals_torchvisions(box, flip):
-
-    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = tvf.resized_crop(x[1:], *box, [32, 32])
-    expected = tvf.hflip(expected) if flip else expected
-    boxes = torch.tensor([(0.0, 0.0, 32.0, 32.0), tuple(map(float, box))])
-    ours = _crop(x, boxes, torch.tensor([False, flip]))
-    torch.testing.assert_close(ours[1:], expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(ours[0], x[0], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_jitter_equals_torchvisions(order):
-
-    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    factor = (1.4, 0.7, 1.25)
-    changes = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
-    expected = x[1]
-    for k in order:
-        expected = changes[k](expected, factor[k])
-    ours = _jitter(x, torch.tensor([(0, 2, 1), order]), torch.tensor([(1.0, 1.0, 1.0), factor]))
-    torch.testing.assert_close(ours[1], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours[0], x[0], atol=1e-5, rtol=0)
-
-
-def test_colour_draws_are_uniform_and_independent():
-
-    order, factor = _colour_draws(60_000, torch.Generator().manual_seed(0))
-    orders, counts = order.unique(dim=0, return_counts=True)
-    assert len(orders) == 6 and ((counts - 10_000).abs() < 4 * (60_000 * 5 / 36) ** 0.5).all()
-    assert 0.6 <= factor.min() < 0.601 and 1.399 < factor.max() < 1.4001
-    both = torch.cat([order[:, :1].float(), factor], 1)
-    assert (torch.corrcoef(both.T) - torch.eye(4)).abs().max() < 4 / 60_000**0.5
-    assert (factor.mean(0) - 1).abs().max() < 4 * (0.8 / 12**0.5) / 60_000**0.5
-
-
-def test_each_image_of_a_batch_gets_its_own_draw():
-    x = (2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1).repeat(64, 1, 1, 1)
-    before = x.clone()
-    y = augment(x, torch.Generator().manual_seed(0)).flatten(1)
-    assert torch.equal(x, before) and y.min() >= -1 and y.max() <= 1
-    distance = torch.cdist(y, y) + 1e3 * torch.eye(64)
-    assert distance.min() > 0.1
-    assert torch.equal(y, augment(x, torch.Generator().manual_seed(0)).flatten(1))
-    assert not torch.equal(y, augment(x, torch.Generator().manual_seed(1)).flatten(1))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_seed_gives_the_same_draws_on_the_gpu():
-    x = 2 * torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
-    here, there = (augment(x.to(device), torch.Generator().manual_seed(0)).cpu() for device in ("cpu", "cuda"))
-    torch.testing.assert_close(here, there, atol=1e-4, rtol=0)
-
-
-def test_augment_refuses_what_it_cannot_change():
-    with pytest.raises(TypeError, match="images.*uint8.*float32"):
-        augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"images.*\(3, 8, 8\).*B×3×H×W"):
-        augment(torch.zeros(3, 8, 8))
-
-
-def test_augmented_batches_are_repeatable():
-    some = digits(size=64)
-
-    def batches():
-        return torch.cat([x for x, _ in some.batches(16, generator=torch.Generator().manual_seed(0), augment=True)])
-
-    assert torch.equal(batches(), batches())
-    assert len(batches().flatten(1).unique(dim=0)) == 64
-
-
-def many_draws(count=2000, side=32):
+def many_draws(channels=3, count=2000, side=32):
     """One photograph, changed `count` times: by torchvision one by one, and by `augment` in one batch."""
-    x = normalise(read_image(Path(sklearn.datasets.__file__).parent / "images" / "flower.jpg", side))
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    x = normalise(read_image(folder / "flower.jpg", side, channels))
     crop, flip = tvt.RandomResizedCrop(side, scale=(0.75, 1.0)), tvt.RandomHorizontalFlip()
     jitter = tvt.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
     with torch.random.fork_rng():
@@ -105,9 +34,128 @@ def z_scores(a, b):
     return torch.stack(scores)
 
 
-def test_augment_has_torchvisions_moments():
-    theirs, ours = many_draws()
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("box", [(0, 0, 32, 32), (3, 1, 29, 27), (6, 0, 26, 32), (0, 5, 32, 25)])
+def test_crop_equals_torchvisions(box, flip):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = tvf.resized_crop(x[1:], *box, [32, 32])
+    expected = tvf.hflip(expected) if flip else expected
+    boxes = torch.tensor([(0.0, 0.0, 32.0, 32.0), tuple(map(float, box))])
+    ours = _crop(x, boxes, torch.tensor([False, flip]))
+    torch.testing.assert_close(ours[1:], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours[0], x[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_jitter_equals_torchvisions(order, channels):
+    x = torch.rand(2, channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    factor, given = (1.4, 0.7, 1.25), x.clone()
+    changes = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
+    expected = x[1]
+    for k in order:
+        expected = changes[k](expected, factor[k])
+    ours = _jitter(x, torch.tensor([(0, 2, 1), order]), torch.tensor([(1.0, 1.0, 1.0), factor]))
+    torch.testing.assert_close(ours[1], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[0], given[0], atol=1e-5, rtol=0)
+
+
+def test_saturation_leaves_a_grey_image_as_it_is():
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    changed = _jitter(x.clone(), torch.tensor([[2, 0, 1]]), torch.tensor([[1.0, 1.0, 0.6]]))
+    assert torch.equal(changed, x)
+
+
+def same_law(a, b):
+    """Whether two samples of rows of whole numbers may come from one distribution (to 5 standard deviations)."""
+    cells, which = torch.cat([a, b]).unique(dim=0, return_inverse=True)
+    counts = torch.stack([part.bincount(minlength=len(cells)) for part in which.split([len(a), len(b)])])
+    often = counts[:, counts.sum(0) >= 10].double()
+    return ((often[0] - often[1]) ** 2 / often.sum(0)).sum() < often.shape[1] + 5 * (2 * often.shape[1]) ** 0.5
+
+
+def test_boxes_follow_torchvisions_law(count=10_000, side=32):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draw, image = tvt.RandomResizedCrop.get_params, torch.empty(1, side, side)
+        theirs = torch.tensor([draw(image, (0.75, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
+    ours = _boxes(count, side, torch.Generator().manual_seed(1)).long()
+    for pair in ([2, 3], [0, 2], [1, 3]):
+        assert same_law(ours[:, pair], theirs[:, pair])
+    assert not same_law(ours[:, [0, 2]], theirs[:, [1, 2]])
+
+
+def test_colour_draws_are_uniform_and_independent():
+    order, factor = _colour_draws(60_000, torch.Generator().manual_seed(0))
+    orders, counts = order.unique(dim=0, return_counts=True)
+    assert len(orders) == 6 and ((counts - 10_000).abs() < 4 * (60_000 * 5 / 36) ** 0.5).all()
+    assert 0.6 <= factor.min() < 0.601 and 1.399 < factor.max() < 1.4001
+    both = torch.cat([order[:, :1].float(), factor], 1)
+    assert (torch.corrcoef(both.T) - torch.eye(4)).abs().max() < 4 / 60_000**0.5
+    assert (factor.mean(0) - 1).abs().max() < 4 * (0.8 / 12**0.5) / 60_000**0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augment_has_torchvisions_moments(channels):
+    theirs, ours = many_draws(channels)
     pixels = z_scores(theirs.double(), ours.double())
     assert pixels.abs().max() < 5 and pixels.abs().mean() < 1.3
     statistics = [torch.cat([x.mean((2, 3)), x.var((2, 3))], 1).double() for x in (theirs, ours)]
     assert z_scores(*statistics).abs().max() < 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_of_a_batch_gets_its_own_draw(channels):
+    x = 2 * torch.rand(1, channels, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    x = x.repeat(64, 1, 1, 1)
+    before = x.clone()
+    y = augment(x, torch.Generator().manual_seed(0)).flatten(1)
+    assert torch.equal(x, before) and y.min() >= -1 and y.max() <= 1
+    distance = torch.cdist(y, y) + 1e3 * torch.eye(64)
+    assert distance.min() > 0.1
+    assert torch.equal(y, augment(x, torch.Generator().manual_seed(0)).flatten(1))
+    assert not torch.equal(y, augment(x, torch.Generator().manual_seed(1)).flatten(1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_seed_gives_the_same_draws_on_the_gpu():
+    x = 2 * torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    here, there = (augment(x.to(device), torch.Generator().manual_seed(0)).cpu() for device in ("cpu", "cuda"))
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_generator_must_be_on_the_cpu():
+    with pytest.raises(ValueError, match="generator must be on the cpu.*got one on cuda"):
+        augment(torch.zeros(1, 3, 8, 8), torch.Generator("cuda"))
+
+
+def test_augmented_batches_are_repeatable():
+    some = digits(size=64)
+
+    def batches():
+        return torch.cat([x for x, _ in some.batches(16, generator=torch.Generator().manual_seed(0), augment=True)])
+
+    assert torch.equal(batches(), batches())
+    assert len(batches().flatten(1).unique(dim=0)) == 64
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "images"),
+    [
+        (TypeError, "images must be a tensor of .*float32 or .*float64, got .*int32", torch.zeros(1, 3, 8, 8).int()),
+        (TypeError, "images must be a tensor of .*, got ndarray", np.zeros((1, 3, 8, 8), np.float32)),
+        (ValueError, r"images must be N×C×H×W .*, got shape \(3, 8, 8\)", torch.zeros(3, 8, 8)),
+        (ValueError, r"C = 1 \(grey\) or 3 \(RGB\).*, got shape \(1, 4, 8, 8\)", torch.zeros(1, 4, 8, 8)),
+        (ValueError, r"H = W, got shape \(1, 3, 8, 7\)", torch.zeros(1, 3, 8, 7)),
+        (ValueError, r"at least 2×2 pixels, got shape \(1, 3, 1, 1\)", torch.zeros(1, 3, 1, 1)),
+    ],
+)
+def test_augment_refuses_what_it_cannot_change(error, message, images):
+    with pytest.raises(error, match=message):
+        augment(images)
+
+
+def test_augment_keeps_shape_and_type_down_to_two_pixels():
+    for x in (torch.zeros(0, 3, 8, 8), torch.zeros(2, 1, 2, 2), torch.zeros(2, 3, 9, 9, dtype=torch.float64)):
+        assert augment(x).shape == x.shape and augment(x).dtype == x.dtype

@@ -1,46 +1,19 @@
-"""The plain implementation that the benchmark compares with computes the same numbers, and onnxruntime is measured."""
+"""What the benchmark measures. (That the plain implementation computes the same is tested in `test_reference.py`.)"""
 
 import sys
 
 import pytest
 import sync
-import torch
 
 from phattn.data.scenes import digits
-from phattn.model import CONFIGS, HardAttention
-from phattn.policy import expected_information_gain
+from phattn.model import HardAttention
 
 
 @pytest.fixture
-def plain(monkeypatch):
+def throughput(monkeypatch):
     monkeypatch.syspath_prepend(str(sync.ROOT / "benchmarks"))
-    yield __import__("plain")
-    sys.modules.pop("plain", None)
-
-
-@pytest.fixture
-def throughput(plain):
     yield __import__("throughput")
     sys.modules.pop("throughput", None)
-
-
-@torch.no_grad()
-def test_plain_computes_the_same(plain):
-    torch.manual_seed(0)
-    model = HardAttention(CONFIGS["digits"]).eval()
-    for parameter in model.vae.flow.parameters():  # a fresh flow is nearly the identity
-        parameter += 0.2 * torch.randn_like(parameter)
-    theirs, h = plain.Plain(model), torch.randn(5, 128)
-    features, seen = torch.randn(5, 49, 32), torch.rand(5, 49) < 0.3
-
-    torch.manual_seed(1)
-    bound = theirs.bound(h, features.transpose(1, 2).reshape(5, 32, 7, 7), seen.float().view(5, 7, 7))
-    gain = theirs.gain(h, 7)
-    torch.manual_seed(1)
-    ours = model.vae.elbo(h, features, seen).loss.mean() / model.config.latent
-    assert torch.allclose(bound, ours, atol=1e-4)
-    belief = model.classifier(h).log_softmax(-1)
-    assert torch.allclose(gain, expected_information_gain(model, model.vae.imagine(h, 7), h, belief), atol=1e-5)
 
 
 @pytest.mark.slow

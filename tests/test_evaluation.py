@@ -8,7 +8,17 @@ import torch
 
 from phattn.data import digits
 from phattn.engine.cost import multiply_accumulates
-from phattn.evaluation import CONFIDENCES, cost, evaluate, looking_cost, looks_for, measure, predict, stop_early
+from phattn.evaluation import (
+    CONFIDENCES,
+    calibration_error,
+    cost,
+    evaluate,
+    looking_cost,
+    looks_for,
+    measure,
+    predict,
+    stop_early,
+)
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, POLICIES, random
 
@@ -19,6 +29,17 @@ def test_measures_of_a_known_case():
     assert found["accuracy"] == [0.75]
     assert found["nll"][0] == pytest.approx(-(2 * math.log(0.7) + math.log(0.8) + math.log(0.3)) / 4, abs=1e-6)
     assert found["ece"][0] == pytest.approx(0.75 * abs(2 / 3 - 0.7) + 0.25 * 0.2, abs=1e-6)
+
+
+@pytest.mark.parametrize("classes, images", [(2, 7), (10, 1000), (200, 300)])
+def test_calibration_error_is_torchmetrics(classes, images):
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    torch.manual_seed(classes)
+    log_probs, labels = (3 * torch.randn(images, classes)).log_softmax(-1), torch.randint(classes, (images,))
+    theirs = multiclass_calibration_error(log_probs.exp(), labels, classes, n_bins=15).item()
+    assert calibration_error(log_probs, labels) == pytest.approx(theirs, abs=1e-6) and theirs > 0.01
+    assert calibration_error(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1])) == 1
 
 
 @pytest.mark.parametrize("name", ["digits", "svhn"])

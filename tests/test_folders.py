@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from phattn.data.folders import folder, npz
+from phattn.data.folders import folder, folder_size, npz, npz_size
+from phattn.data.images import read_image
 
 SHAPES = {"pentagon": (5, 1.0), "square": (4, 1.0), "star": (5, 0.45), "triangle": (3, 1.0)}
 
@@ -42,40 +43,6 @@ def write_shapes(folder, count, **size):
     return folder
 
 
-def pixels(path):
-    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
-
-
-def test_a_folder_is_split_by_a_seed(tmp_path):
-    write_shapes(tmp_path, 10)
-    train, test = folder("train", tmp_path), folder("test", tmp_path)
-    assert (len(train), len(test), train.size) == (32, 8, 48) and train.names == tuple(sorted(SHAPES)) == test.names
-    assert train.labels.bincount().tolist() == [8] * 4 and test.labels.bincount().tolist() == [2] * 4
-    both = torch.cat([train.images, test.images]).flatten(1)
-    every = torch.stack([pixels(path) for path in sorted(tmp_path.rglob("*/*.png"))]).flatten(1)
-    assert torch.equal(both.unique(dim=0), every.unique(dim=0))
-    assert torch.equal(folder("test", tmp_path).images, test.images)
-    assert not torch.equal(folder("test", tmp_path, seed=1).images, test.images)
-
-
-def test_a_folder_may_be_split_already(tmp_path):
-    write_shapes(tmp_path / "train", 3)
-    write_shapes(tmp_path / "test", 1, width=60)
-    (tmp_path / "train" / "star" / "notes.txt").write_text("not a picture")
-    (tmp_path / "train" / "star" / "000.png").rename(tmp_path / "train" / "star" / "000.PNG")
-    train, test = folder("train", tmp_path), folder("test", tmp_path, seed=5)
-    assert (len(train), len(test), train.size, test.size) == (12, 4, 48, 48)
-    assert torch.equal(train.images[6], pixels(tmp_path / "train" / "star" / "000.PNG"))
-    assert folder("test", tmp_path, size=32).size == 32
-
-
-def test_a_new_picture_is_noticed(tmp_path):
-    write_shapes(tmp_path, 5)
-    assert len(folder("train", tmp_path)) == 16
-    draw("star", 7).save(tmp_path / "star" / "new.jpg")
-    assert len(folder("train", tmp_path)) == 17
-
-
 def write_odd_pictures(folder):
     """One picture of each odd kind."""
     folder.mkdir(parents=True)
@@ -93,22 +60,6 @@ def write_odd_pictures(folder):
     frames = [draw("star", seed, 48, 48) for seed in (11, 13, 14)]
     frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
     return folder
-
-
-def test_pictures_of_all_kinds_become_squares(tmp_path):
-    for part in ("train", "test"):
-        write_odd_pictures(tmp_path / part / "star")
-    held = folder("train", tmp_path, size=48)
-    names = sorted(path.name for path in (tmp_path / "train" / "star").iterdir())
-    image = dict(zip(names, held.images.int(), strict=True))
-    wide = image["wide.png"]
-    assert held.images.shape == (8, 3, 48, 48)
-    assert torch.equal(wide, pixels(tmp_path / "train" / "star" / "wide.png")[..., 8:56].int())
-    grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None].mul(wide).sum(0)
-    for name in ("grey.png", "sixteen.png"):
-        assert (image[name] - grey).abs().max() <= 1
-    assert image["clear.png"][..., 0].max() < 60 and (image["clear.png"] <= wide).all()
-    assert (image["print.tif"] - wide).abs().max() <= 2
 
 
 def spoil(folder, case):
@@ -151,6 +102,99 @@ MISTAKES = {
 }
 
 
+def write_npz(folder, split="train", count=12, **changes):
+    random = np.random.RandomState(0)
+    arrays = {"images": random.randint(0, 256, (count, 28, 28, 3)).astype(np.uint8), "labels": np.arange(count) % 4}
+    arrays = {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+    np.savez(folder / f"{split}.npz", **arrays)
+    return arrays
+
+
+WRONG = {
+    "no labels": ({"labels": None}, "must hold images and labels"),
+    "floats": ({"images": np.zeros((12, 8, 8, 3))}, "images are float64; must be uint8"),
+    "sixteen bits": ({"images": np.zeros((12, 8, 8, 3), np.uint16)}, "uint16"),
+    "not square": ({"images": np.zeros((12, 8, 9, 3), np.uint8)}, r"\(12, 8, 9, 3\).*H = W"),
+    "four channels": ({"images": np.zeros((12, 8, 8, 4), np.uint8)}, r"N×H×W×3"),
+    "channels first": ({"images": np.zeros((12, 3, 8, 8), np.uint8)}, r"N×H×W×3"),
+    "no images": ({"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.zeros(0, int)}, "there are no images"),
+    "fewer labels": ({"labels": np.arange(11) % 4}, r"\(11,\); must be whole numbers \(12,\)"),
+    "labels as floats": ({"labels": np.zeros(12)}, "labels are float64"),
+    "from 1": ({"labels": 1 + np.arange(12) % 4}, "no image of class 0"),
+    "negative": ({"labels": np.arange(12) % 4 - 1}, "labels go from -1 to 2; must be within 0 to 2"),
+    "above the names": ({"names": np.array(["a", "b", "c"])}, "labels go from 0 to 3; must be within 0 to 2"),
+    "pickled": ({"images": np.array([{}] * 12)}, "plain arrays.*allow_pickle"),
+}
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+
+
+def test_a_folder_is_split_by_a_seed(tmp_path):
+    write_shapes(tmp_path, 10)
+    train, test = folder("train", tmp_path), folder("test", tmp_path)
+    assert (len(train), len(test), train.size) == (32, 8, 48) and train.names == tuple(sorted(SHAPES)) == test.names
+    assert train.labels.bincount().tolist() == [8] * 4 and test.labels.bincount().tolist() == [2] * 4
+    both = torch.cat([train.images, test.images]).flatten(1)
+    every = torch.stack([pixels(path) for path in sorted(tmp_path.rglob("*/*.png"))]).flatten(1)
+    assert torch.equal(both.unique(dim=0), every.unique(dim=0))
+    assert torch.equal(folder("test", tmp_path).images, test.images)
+    assert not torch.equal(folder("test", tmp_path, seed=1).images, test.images)
+
+
+def test_a_folder_may_be_split_already(tmp_path):
+    write_shapes(tmp_path / "train", 3)
+    write_shapes(tmp_path / "test", 1, width=60)
+    (tmp_path / "train" / "star" / "notes.txt").write_text("not a picture")
+    (tmp_path / "train" / "star" / "000.png").rename(tmp_path / "train" / "star" / "000.PNG")
+    train, test = folder("train", tmp_path), folder("test", tmp_path, seed=5)
+    assert (len(train), len(test), train.size, test.size) == (12, 4, 48, 48)
+    assert torch.equal(train.images[6], pixels(tmp_path / "train" / "star" / "000.PNG"))
+    assert folder("test", tmp_path, size=32).size == 32
+
+
+def test_a_new_picture_is_noticed(tmp_path):
+    write_shapes(tmp_path, 5)
+    assert len(folder("train", tmp_path)) == 16
+    draw("star", 7).save(tmp_path / "star" / "new.jpg")
+    assert len(folder("train", tmp_path)) == 17
+
+
+def test_any_size_is_scaled_to_in_colour_or_grey(tmp_path):
+    write_shapes(tmp_path, 5, width=70, height=50)
+    assert folder_size(tmp_path) == folder("train", tmp_path).size == 50
+    paths = sorted(tmp_path.rglob("*/*.png"))
+    for size, channels in ((36, 3), (36, 1), (64, 1), (50, 1)):
+        both = [folder(split, tmp_path, size=size, channels=channels) for split in ("train", "test")]
+        assert [(held.size, held.channels) for held in both] == [(size, channels)] * 2
+        every = torch.stack([read_image(path, size, channels) for path in paths]).flatten(1)
+        assert torch.equal(torch.cat([held.images for held in both]).flatten(1).unique(dim=0), every.unique(dim=0))
+
+
+@pytest.mark.parametrize(("shorter", "side"), [(20, 32), (32, 32), (41, 41), (64, 64), (90, 64)])
+def test_the_size_is_that_of_the_first_picture_within_bounds(tmp_path, shorter, side):
+    write_shapes(tmp_path / "train", 1, width=shorter, height=shorter + 9)
+    write_shapes(tmp_path / "test", 1, width=55, height=55)
+    assert folder_size(tmp_path) == folder("test", tmp_path).size == side
+
+
+def test_pictures_of_all_kinds_become_squares(tmp_path):
+    for part in ("train", "test"):
+        write_odd_pictures(tmp_path / part / "star")
+    held = folder("train", tmp_path, size=48)
+    names = sorted(path.name for path in (tmp_path / "train" / "star").iterdir())
+    image = dict(zip(names, held.images.int(), strict=True))
+    wide = image["wide.png"]
+    assert held.images.shape == (8, 3, 48, 48)
+    assert torch.equal(wide, pixels(tmp_path / "train" / "star" / "wide.png")[..., 8:56].int())
+    grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None].mul(wide).sum(0)
+    for name in ("grey.png", "sixteen.png"):
+        assert (image[name] - grey).abs().max() <= 1
+    assert image["clear.png"][..., 0].max() < 60 and (image["clear.png"] <= wide).all()
+    assert (image["print.tif"] - wide).abs().max() <= 2
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_in_folders_are_told(tmp_path, case):
     kind, message = MISTAKES[case]
@@ -172,18 +216,19 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         folder("train", tmp_path)
 
 
-@pytest.mark.parametrize("size", [7, 0, 32.0, True])
-def test_impossible_sizes_are_refused(tmp_path, size):
-    with pytest.raises(ValueError, match="size: got .*at least 8"):
-        folder("train", write_shapes(tmp_path, 2), size=size)
+IMPOSSIBLE = {"at least 8, got 7": 7, "at least 8, got 0": 0, "an int, got 32.0": 32.0, "an int, got True": True}
 
 
-def write_npz(folder, split="train", count=12, **changes):
-    random = np.random.RandomState(0)
-    arrays = {"images": random.randint(0, 256, (count, 28, 28, 3)).astype(np.uint8), "labels": np.arange(count) % 4}
-    arrays = {name: array for name, array in {**arrays, **changes}.items() if array is not None}
-    np.savez(folder / f"{split}.npz", **arrays)
-    return arrays
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_impossible_sizes_are_refused(tmp_path, message):
+    write_shapes(tmp_path, 2)
+    for read in (folder, npz):
+        (tmp_path / "train.npz").write_bytes(b"never read")
+        with pytest.raises((ValueError, TypeError), match=f"size must be {message}"):
+            read("train", tmp_path, size=IMPOSSIBLE[message])
+        with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got 2"):
+            read("train", tmp_path, channels=2)
+    assert not list(tmp_path.glob(".phattn*"))
 
 
 def test_npz_keeps_images_labels_and_names(tmp_path):
@@ -199,21 +244,22 @@ def test_npz_keeps_images_labels_and_names(tmp_path):
     assert npz("train", tmp_path, names=tuple("wxyz+")).names == tuple("wxyz+")
 
 
-WRONG = {
-    "no labels": ({"labels": None}, "must hold images and labels"),
-    "floats": ({"images": np.zeros((12, 8, 8, 3))}, "images are float64; must be uint8"),
-    "sixteen bits": ({"images": np.zeros((12, 8, 8, 3), np.uint16)}, "uint16"),
-    "not square": ({"images": np.zeros((12, 8, 9, 3), np.uint8)}, r"\(12, 8, 9, 3\).*H = W"),
-    "four channels": ({"images": np.zeros((12, 8, 8, 4), np.uint8)}, r"N×H×W×3"),
-    "channels first": ({"images": np.zeros((12, 3, 8, 8), np.uint8)}, r"N×H×W×3"),
-    "no images": ({"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.zeros(0, int)}, "there are no images"),
-    "fewer labels": ({"labels": np.arange(11) % 4}, r"\(11,\); must be whole numbers \(12,\)"),
-    "labels as floats": ({"labels": np.zeros(12)}, "labels are float64"),
-    "from 1": ({"labels": 1 + np.arange(12) % 4}, "no image of class 0"),
-    "negative": ({"labels": np.arange(12) % 4 - 1}, "labels go from -1 to 2; must be within 0 to 2"),
-    "above the names": ({"names": np.array(["a", "b", "c"])}, "labels go from 0 to 3; must be within 0 to 2"),
-    "pickled": ({"images": np.array([{}] * 12)}, "plain arrays.*allow_pickle"),
-}
+def test_npz_is_scaled_and_turned_grey_on_request(tmp_path):
+    arrays = write_npz(tmp_path)
+    write_npz(tmp_path, "test", images=arrays["images"][:4, ..., 1], labels=np.arange(4))
+    assert npz_size(tmp_path) == npz("train", tmp_path).size == 28
+    one = npz("test", tmp_path, channels=1)
+    assert np.array_equal(one.images[:, 0], arrays["images"][:4, ..., 1])  # what is grey stays as it is
+    luminance = [np.asarray(Image.fromarray(image).convert("L")) for image in arrays["images"]]
+    assert np.array_equal(npz("train", tmp_path, channels=1).images[:, 0], luminance)
+    for split, channels in (("train", 3), ("train", 1), ("test", 3)):
+        held = npz(split, tmp_path, size=36, channels=channels)
+        assert (held.size, held.channels, len(held)) == (36, channels, 12 if split == "train" else 4)
+    scaled = Image.fromarray(arrays["images"][5]).resize((36, 36), Image.Resampling.BICUBIC)
+    assert np.array_equal(npz("train", tmp_path, size=36).images[5].permute(1, 2, 0), scaled)
+    assert npz("train", tmp_path).size == 28 and npz("train", tmp_path).channels == 3
+    with pytest.raises(FileNotFoundError, match=r"nowhere/train\.npz"):
+        npz_size(tmp_path / "nowhere")
 
 
 def test_npz_that_claims_more_than_it_has_is_refused(tmp_path):

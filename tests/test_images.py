@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from phattn.data.images import ImageSet, denormalise, normalise, read_image
+from phattn.data import digits
+from phattn.data.images import ImageSet, denormalise, grey, normalise, read_image
 
 
 def test_normalise_and_denormalise_invert():
@@ -13,45 +14,93 @@ def test_normalise_and_denormalise_invert():
     x = normalise(levels)
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
     assert torch.equal((denormalise(x) * 255).round().to(torch.uint8), levels)
-    with pytest.raises(TypeError, match="images.*float32.*uint8"):
+    assert denormalise(torch.tensor([-1.5, 0.0, 1.5])).tolist() == [0, 0.5, 1]
+    with pytest.raises(TypeError, match="images must be a tensor of torch.uint8, got a tensor of torch.float32"):
         normalise(torch.zeros(3))
 
 
+def test_grey_is_pillows():
+    colours = torch.randint(256, (3, 100, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    colours[:, 0] = torch.arange(100)  # three equal channels
+    expected = np.asarray(Image.fromarray(colours.permute(1, 2, 0).numpy()).convert("L"))
+    assert np.array_equal(grey(colours)[0], expected) and torch.equal(grey(colours)[0, 0], colours[0, 0])
+    assert torch.equal(grey(colours.expand(2, 3, 100, 100))[1], grey(colours))
+
+
 IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
+MISFITS = [
+    (TypeError, "images must be .*uint8, got .*float32", IMAGES.float(), LABELS, ("a", "b")),
+    (TypeError, "images must be .*uint8, got ndarray", IMAGES.numpy(), LABELS, ("a", "b")),
+    (ValueError, r"images must be .*H = W, got shape \(3, 8, 8\)", IMAGES[0], LABELS, ("a", "b")),
+    (ValueError, r"images must be .*H = W, got shape \(4, 3, 8, 7\)", IMAGES[..., :7], LABELS, ("a", "b")),
+    (ValueError, r"images must be .*C = 1 \(grey\) or 3 \(RGB\).*\(4, 2, 8, 8\)", IMAGES[:, :2], LABELS, ("a", "b")),
+    (TypeError, "labels must be .*int64, got .*int32", IMAGES, LABELS.int(), ("a", "b")),
+    (ValueError, r"labels must be \(4,\), one for each image, got shape \(3,\)", IMAGES, LABELS[:3], ("a", "b")),
+    (ValueError, r"labels must be from 0 to 0 \(1 names\), got 0 to 1", IMAGES, LABELS, ("a",)),
+    (ValueError, "labels must be from 0 to 1 .*, got -1 to 0", IMAGES, -LABELS, ("a", "b")),
+    (ValueError, "labels must be on meta, where the images are, got cpu", IMAGES.to("meta"), LABELS, ("a", "b")),
+    (TypeError, "names must be a tuple of at least one str", IMAGES, LABELS, ["a", "b"]),
+    (TypeError, "names must be a tuple of at least one str", IMAGES, LABELS, ()),
+    (TypeError, "names must be a tuple of at least one str", IMAGES, LABELS, ("a", 1)),
+]
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "images", "labels", "names"),
-    [
-        (TypeError, "images.*float32.*uint8", IMAGES.float(), LABELS, ("a", "b")),
-        (TypeError, "images.*ndarray.*uint8", IMAGES.numpy(), LABELS, ("a", "b")),
-        (ValueError, r"images.*\(3, 8, 8\).*H = W", IMAGES[0], LABELS, ("a", "b")),
-        (ValueError, "images.*H = W", IMAGES[..., :7], LABELS, ("a", "b")),
-        (ValueError, "images.*N×3", IMAGES[:, :1], LABELS, ("a", "b")),
-        (TypeError, "labels.*int32.*int64", IMAGES, LABELS.int(), ("a", "b")),
-        (ValueError, "labels.*one for each", IMAGES, LABELS[:3], ("a", "b")),
-        (ValueError, "labels.*0 to 1.*0 to 0", IMAGES, LABELS, ("a",)),
-        (ValueError, "labels.*-1 to 0.*0 to 1", IMAGES, -LABELS, ("a", "b")),
-        (TypeError, "names.*tuple", IMAGES, LABELS, ["a", "b"]),
-    ],
-)
+@pytest.mark.parametrize(("error", "message", "images", "labels", "names"), MISFITS)
 def test_image_set_refuses_what_does_not_fit(error, message, images, labels, names):
     with pytest.raises(error, match=message):
         ImageSet(images, labels, names)
 
 
-def numbered_set(count):
+def numbered_set(count, channels=3):
     """Images that carry their own index in one pixel."""
-    images = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    images = torch.zeros(count, channels, 8, 8, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(count).to(torch.uint8)
     return ImageSet(images, torch.arange(count), tuple(str(k) for k in range(count)))
 
 
+def test_an_image_set_can_be_cut_and_named():
+    some = numbered_set(50)
+    assert (len(some), some.size, some.channels, some.classes, some.device.type) == (50, 8, 3, 50, "cpu")
+    assert some[10:13].labels.tolist() == [10, 11, 12] and len(some[:0]) == 0
+    assert some[torch.tensor([4, 2])].labels.tolist() == [4, 2] and some[some.labels > 47].labels.tolist() == [48, 49]
+    assert repr(some.to("cpu")) == "ImageSet(50 images of 8×8, 50 classes, on cpu)"
+    for index, given in ((3, "int"), (torch.tensor(3), "torch.int64"), (torch.tensor([1.0]), "torch.float32")):
+        with pytest.raises(TypeError, match=f"index must be a slice or a 1-D tensor .*, got {given}$"):
+            some[index]
+
+
+def test_a_set_may_be_grey():
+    colour = digits(size=20)
+    held = colour.grey()
+    assert held.images.shape == (20, 1, 32, 32) and (held.channels, held.classes, held.size) == (1, 10, 32)
+    assert torch.equal(held.images, grey(colour.images)) and torch.equal(held.labels, colour.labels)
+    assert repr(held) == "ImageSet(20 grey images of 32×32, 10 classes, on cpu)"
+    assert held.grey().images is held.images and held[:3].channels == held.to("cpu").channels == 1
+    x, _ = next(held.batches(8, generator=torch.Generator().manual_seed(0), augment=True))
+    assert x.shape == (8, 1, 32, 32) and -1 <= x.min() < x.max() <= 1
+
+
+def test_a_fingerprint_tells_sets_apart():
+    some = numbered_set(200)
+    assert some.fingerprint() == numbered_set(200).fingerprint() and len(some.fingerprint()) == 16
+    changed = some.images.clone()
+    changed[66, 0, 7, 7] = 1  # every third image counts: 200 // 64 is 3
+    others = [
+        some[:199],
+        some.grey(),
+        ImageSet(some.images, some.labels.flip(0), some.names),
+        ImageSet(changed, some.labels, some.names),
+    ]
+    assert len({held.fingerprint() for held in (some, *others)}) == 5
+    assert digits(size=64).fingerprint() == "720c26c3325f9037"  # runs are resumed by it
+
+
 @pytest.mark.parametrize("size", [1, 7, 50, 64])
 @pytest.mark.parametrize("seed", [None, 0])
-def test_batches_cover_each_image_once(size, seed):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_cover_each_image_once(size, seed, channels):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    batches = list(numbered_set(50).batches(size, generator=generator))
+    batches = list(numbered_set(50, channels).batches(size, generator=generator))
     labels = torch.cat([y for _, y in batches])
     pixels = torch.cat([((x[:, 0, 0, 0] + 1) * 127.5).round().long() for x, _ in batches])
     assert torch.equal(pixels, labels)
@@ -71,30 +120,52 @@ def test_shuffling_is_repeatable_and_differs_between_passes():
 def test_the_last_small_batch_can_be_dropped():
     assert [len(y) for _, y in numbered_set(50).batches(16, drop_last=True)] == [16, 16, 16]
     assert [len(y) for _, y in numbered_set(50).batches(16)] == [16, 16, 16, 2]
-    with pytest.raises(ValueError, match="size.*0.*at least 1"):
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         numbered_set(3).batches(0)
 
 
-def test_an_image_set_can_be_cut_and_named():
+@pytest.mark.parametrize("augmented", [False, True])
+def test_shuffled_gives_whole_batches_from_a_seed(augmented):
+    some = digits(size=50)
+    shuffled = some.shuffled(12, augmented)
+    assert len(shuffled) == 4 and shuffled.device == some.device
+    how = dict(augment=augmented, drop_last=True)
+    for seed in (0, 7):
+        expected = list(some.batches(12, generator=torch.Generator().manual_seed(seed), **how))
+        for _ in range(2):
+            epoch = list(shuffled.epoch(seed))
+            assert len(epoch) == len(expected) == 4
+            for (x, y), (images, labels) in zip(epoch, expected):
+                assert torch.equal(x, images) and torch.equal(y, labels) and len(y) == 12
+    assert not torch.equal(next(shuffled.epoch(0))[0], next(shuffled.epoch(1))[0])
+
+
+def test_shuffled_refuses_batches_that_the_set_does_not_have():
     some = numbered_set(50)
-    assert some[10:13].labels.tolist() == [10, 11, 12] and len(some[:0]) == 0
-    assert some[torch.tensor([4, 2])].labels.tolist() == [4, 2] and some[some.labels > 47].labels.tolist() == [48, 49]
-    assert repr(some.to("cpu")) == "ImageSet(50 images of 8×8, 50 classes, on cpu)"
-    with pytest.raises(TypeError, match="index.*int.*slice"):
-        some[3]
+    assert len(some.shuffled(50)) == 1 and [len(y) for _, y in some.shuffled(50).epoch(3)] == [50]
+    with pytest.raises(ValueError, match="batch must be at most 50, the number of training images, got 51"):
+        some.shuffled(51)
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        some.shuffled(0)
+    with pytest.raises(TypeError, match="batch must be an int, got 8.0"):
+        some.shuffled(8.0)
 
 
-@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "LA", "P", "16-bit", "CMYK"])
-def test_read_image_understands_many_kinds_of_file(tmp_path, kind):
-    grey = np.tile(np.linspace(0, 255, 48).round().astype(np.uint8), (40, 1))  # 40 rows, 48 columns, dark to bright
+KINDS = ("RGB", "RGBA", "L", "LA", "P", "16-bit", "CMYK")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_image_understands_many_kinds_of_file(tmp_path, kind, channels):
+    ramp = np.tile(np.linspace(0, 255, 48).round().astype(np.uint8), (40, 1))  # 40 rows, 48 columns, dark to bright
     path = tmp_path / ("x.tif" if kind == "CMYK" else "x.png")
     if kind == "16-bit":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+        Image.fromarray(ramp.astype(np.uint16) * 257).save(path)
     else:
-        Image.fromarray(grey).convert(kind).save(path)
-    image = read_image(path, 40)
-    assert image.shape == (3, 40, 40) and image.dtype == torch.uint8
-    expected = torch.from_numpy(grey[:, 4:44].copy())  # the centred square, not resized
+        Image.fromarray(ramp).convert(kind).save(path)
+    image = read_image(path, 40, channels)
+    assert image.shape == (channels, 40, 40) and image.dtype == torch.uint8
+    expected = torch.from_numpy(ramp[:, 4:44].copy())  # the centred square, not resized
     assert (image.long() - expected).abs().max() <= (3 if kind == "P" else 1)
 
 
@@ -129,6 +200,19 @@ def test_read_image_turns_as_the_camera_says(tmp_path):
     assert image[:, 10:].min() == 255 and image[:, :10].max() == 0
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (61, 40), (40, 40)])
+def test_read_image_keeps_the_centred_square_in_grey_as_in_colour(tmp_path, shape):
+    pixels = np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    (top, left), side = ((length - 40) // 2 for length in shape), 40
+    square = Image.fromarray(pixels[top : top + side, left : left + side])
+    for size in (40, 16):
+        expected = square.resize((size, size), Image.Resampling.BICUBIC)
+        colour, one = read_image(tmp_path / "x.png", size), read_image(tmp_path / "x.png", size, channels=1)
+        assert np.array_equal(colour.permute(1, 2, 0), expected)
+        assert np.array_equal(one[0], expected.convert("L")) and one.is_contiguous() and colour.is_contiguous()
+
+
 def test_read_image_says_which_file_it_cannot_read(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
         read_image(tmp_path / "nowhere.png", 32)
@@ -142,3 +226,14 @@ def test_read_image_says_which_file_it_cannot_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # between this and its double Pillow only warns
     with pytest.raises(ValueError, match="whole.jpg.*bomb"):
         read_image(tmp_path / "whole.jpg", 32)
+
+
+def test_read_image_says_what_it_cannot_make(tmp_path):
+    Image.new("F", (8, 8)).save(tmp_path / "floats.tif")
+    with pytest.raises(ValueError, match="floats.tif.*floating-point numbers of unknown range"):
+        read_image(tmp_path / "floats.tif", 8)
+    for channels in (0, 2, 4):
+        with pytest.raises(ValueError, match=rf"channels must be 1 \(grey\) or 3 \(RGB\), got {channels}"):
+            read_image(tmp_path / "floats.tif", 8, channels)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        read_image(tmp_path / "floats.tif", 0)

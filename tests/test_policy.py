@@ -103,9 +103,11 @@ def test_look_goes_to_the_best_place_not_seen():
 @pytest.mark.parametrize("score", [-torch.inf, torch.nan, torch.inf, 0])
 def test_no_score_leads_back_to_a_place_seen(score):
     model = HardAttention(CONFIGS["digits"])
-    trace = look(
-        model, 2 * torch.rand(3, 32, 32) - 1, lambda view: torch.full_like(view.seen, score, dtype=torch.float), 49
-    )
+
+    def same(view):
+        return torch.full_like(view.seen, score, dtype=torch.float)
+
+    trace = look(model, 2 * torch.rand(3, 32, 32) - 1, same, 49)
     assert len(set(trace.candidates[0].tolist())) == 49
 
 
@@ -159,15 +161,9 @@ def test_bad_looks_are_refused():
             look(model, image, random, looks)
     with pytest.raises(ValueError, match=r"images must be B×3×32×32 for this model, got \(1, 3, 28, 28\)"):
         look(model, image[:, :28, :28])
-    for first in (
-        torch.tensor([49]),
-        torch.tensor([-1]),
-        torch.tensor([1.0]),
-        torch.tensor([True]),
-        torch.tensor([1, 2]),
-    ):
+    for first in ([49], [-1], [1.0], [True], [1, 2]):
         with pytest.raises(ValueError, match="first must hold 1 candidates from 0 to 48"):
-            look(model, image, first=first)
+            look(model, image, first=torch.tensor(first))
     with pytest.raises(ValueError, match=r"must return scores \(1, 49\), got \(1,\)"):
         look(model, image, lambda view: view.seen.sum(1))
     with pytest.raises(ValueError, match="samples must be at least 1"):
@@ -191,9 +187,7 @@ def test_images_of_any_float_type_and_bytes_are_looked_at():
     assert look(model, torch.ones(3, 32, 32), centre_out).looks.tolist() == [7]
 
 
-@pytest.mark.parametrize(
-    "scale, said", [((0, 1), r"as if in \[0, 1\]"), ((0, 255), "give uint8"), ((-3, 3), "give uint8")]
-)
+@pytest.mark.parametrize("scale, said", [((0, 1), "as if in"), ((0, 255), "give uint8"), ((-3, 3), "give uint8")])
 def test_floats_of_another_range_are_recognised(scale, said):
     low, high = scale
     image = low + (high - low) * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))

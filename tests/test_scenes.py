@@ -6,33 +6,30 @@ import numpy as np
 import pytest
 import torch
 
-from phattn.data.augmentation import _LUMINANCE
-from phattn.data.scenes import _GAP, _plan, _source_digits, digits
+from phattn.data.augmentation import LUMINANCE
+from phattn.data.scenes import _GAP, _place, _plan, _source_digits, digits
 
 
 def test_digits_are_canvases_of_the_right_kind():
     train, test = digits("train", size=200), digits("test", size=100)
-    assert (len(train), len(test), train.size, train.classes) == (200, 100, 32, 10)
+    assert (len(train), len(test), train.size, train.channels, train.classes) == (200, 100, 32, 3, 10)
     assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
     assert set(train.labels.tolist()) == set(range(10)) and train.names == tuple("0123456789")
 
 
 def test_ink_is_brighter_than_ground_by_the_gap():
-
     plan = _plan("train", seed=3, size=2000)
-    gap = (plan.ink * _LUMINANCE).sum(1) - (plan.ground * _LUMINANCE).sum(1)
+    gap = (plan.ink * LUMINANCE).sum(1) - (plan.ground * LUMINANCE).sum(1)
     assert gap.min() >= _GAP
 
 
 def test_digits_reach_every_place():
-
     corner = _plan("train", seed=0, size=8000).corner
     assert len(np.unique(corner, axis=0)) == 13 * 13
     assert corner.min() == 0 and corner.max() == 12
 
 
 def test_no_source_digit_is_in_both_splits():
-
     raw, labels = _source_digits()
     for seed in (0, 1, 12345):
         train, test = _plan("train", seed, 8000), _plan("test", seed + 1, 1000)
@@ -46,13 +43,13 @@ def fingerprint(images):
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    ("split", "expected"),
-    [
-        ("train", "57eb142a0ef89adfa2fe47ec33fff5e08b35a18e2e8277ea2d360e0ee4de9a59"),
-        ("test", "b92f323d52171c636bb8d8af94ff77aba32bf87d450b37c04066b9248058e62b"),
-    ],
-)
+FINGERPRINTS = {
+    "train": "57eb142a0ef89adfa2fe47ec33fff5e08b35a18e2e8277ea2d360e0ee4de9a59",
+    "test": "b92f323d52171c636bb8d8af94ff77aba32bf87d450b37c04066b9248058e62b",
+}
+
+
+@pytest.mark.parametrize(("split", "expected"), FINGERPRINTS.items())
 def test_digits_are_the_same_on_any_machine(split, expected):
     assert fingerprint(digits(split, size=64).images) == expected
 
@@ -63,16 +60,26 @@ def test_digits_follow_their_seed():
     assert not torch.equal(b.images, c.images) and not torch.equal(b.labels, c.labels)
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "options"),
-    [
-        (ValueError, "split.*valid.*train, test", {"split": "valid"}),
-        (ValueError, "size.*0.*at least 1", {"size": 0}),
-        (TypeError, "size.*2.5.*int", {"size": 2.5}),
-        (ValueError, "seed.*-1.*at least 0", {"seed": -1}),
-        (ValueError, "digit_px.*40.*at most 32", {"digit_px": 40}),
-    ],
-)
+SENSELESS = [
+    (ValueError, "split must be one of train, test, got 'valid'", {"split": "valid"}),
+    (ValueError, "size must be at least 1, got 0", {"size": 0}),
+    (TypeError, "size must be an int, got 2.5", {"size": 2.5}),
+    (ValueError, "seed must be at least 0, got -1", {"seed": -1}),
+    (ValueError, "seed must be at most 4294967295, got 4294967296", {"seed": 2**32}),
+    (ValueError, "digit_px must be at least 8, got 7", {"digit_px": 7}),
+    (ValueError, "digit_px must be at most 32, got 40", {"digit_px": 40}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "options"), SENSELESS)
 def test_digits_refuses_what_it_cannot_make(error, message, options):
     with pytest.raises(error, match=message):
         digits(**options)
+
+
+def test_digits_of_every_possible_size_fit_on_the_canvas():
+    for px in (8, 32):
+        coverage = _place(_plan("train", 0, 20, px), px)
+        rows, columns = (coverage > 0).any(2).sum(1), (coverage > 0).any(1).sum(1)
+        assert coverage.shape == (20, 32, 32) and rows.max() <= px and columns.max() <= px and 0.9 < coverage.max() <= 1
+        assert digits(size=3, digit_px=px).size == 32

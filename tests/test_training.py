@@ -98,7 +98,7 @@ def test_third_loss_is_the_bound_and_the_cross_entropy(monkeypatch):
 
 @pytest.mark.parametrize("phase", ["second", "third"])
 def test_the_bound_is_told_what_was_seen(phase, monkeypatch):
-    model, loss, log, given = _watch(monkeypatch, phase, elbo_steps=None)
+    model, _, log, given = _watch(monkeypatch, phase, elbo_steps=None)
     assert not given["features"].requires_grad
     seen = given["seen"][given["seen"].sum(-1).argsort()]
     assert torch.equal(seen, torch.ones(7, 7).tril().bool())
@@ -281,7 +281,7 @@ def test_a_bad_step_can_be_done_again(tmp_path):
     prepare(again, "third")
     with torch.random.fork_rng():
         torch.set_rng_state(batch["random"])
-        assert LOSSES["third"](again, batch["images"], batch["labels"], chosen)[0].item() == seen[4]
+        assert LOSSES["third"](again, batch["inputs"], batch["labels"], chosen)[0].item() == seen[4]
     assert torch.random.initial_seed() == torch_seed
 
 

@@ -29,8 +29,9 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 
-from .images import ImageSet, read_image
+from .images import ImageSet, check_channels, grey, read_image
 from ..engine.files import write_whole
 
 # %% ../../nbs/data/archives.ipynb #a5582a83
@@ -264,18 +265,45 @@ def plan_files(tree: Path, files: list[tuple[str, int]], names: tuple[str, ...],
 
     return Plan(np.array([label for _, label in files], np.int64), names, size, blocks, tree)
 
+# %% ../../nbs/data/archives.ipynb #3e9f07d4
+def plan_arrays(
+    arrays: list[np.ndarray],
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    where: Path,
+    *,
+    size: int | None = None,
+    complete: bool = True,
+) -> Plan:
+    """Plan to store arrays of pictures, one after another.
 
-def plan_arrays(arrays: list[np.ndarray], labels: np.ndarray, names: tuple[str, ...], where: Path, **options) -> Plan:
-    """Plan to store arrays of pictures, uint8 N×3×H×H each, one after another."""
+    Args:
+        arrays: uint8 N×3×H×H each.
+        labels: of all pictures, whole numbers.
+        names: the classes' names.
+        where: the folder or file, for errors.
+        size: side to which pictures are brought, in pixels; None keeps theirs.
+        complete: whether each class must have an image.
+    """
+    size = arrays[0].shape[-1] if size is None else size
 
-    def blocks(step: int = 4096) -> _Blocks:
+    def blocks(step: int = 256) -> _Blocks:
         first = 0
         for array in arrays:
             for start in range(0, len(array), step):
-                yield first + start, array[start : start + step]
+                yield first + start, _scaled(array[start : start + step], size)
             first += len(array)
 
-    return Plan(np.asarray(labels, np.int64), names, arrays[0].shape[-1], blocks, where, **options)
+    return Plan(np.asarray(labels, np.int64), names, size, blocks, where, complete)
+
+
+def _scaled(pictures: np.ndarray, size: int) -> np.ndarray:
+    """Pictures uint8 K×3×H×H at size×size, scaled as `read_image` does."""
+    if pictures.shape[-1] == size:
+        return pictures
+    rows = [Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))) for picture in pictures]
+    rows = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in rows]
+    return np.stack(rows).transpose(0, 3, 1, 2)
 
 # %% ../../nbs/data/archives.ipynb #7bd386e5
 def fingerprint(*sources: Path | str | int | None) -> str:
@@ -297,18 +325,24 @@ def fingerprint(*sources: Path | str | int | None) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/data/archives.ipynb #fb6d8e63
-def _write(stem: Path, mark: str, plan: Plan) -> None:
+def _pictures(plan: Plan, channels: int) -> _Blocks:
+    """What a plan decodes, in colour as it is (3 channels) or in grey (1)."""
+    for first, block in plan.blocks():
+        yield first, block if channels == 3 else grey(torch.from_numpy(np.array(block))).numpy()
+
+
+def _write(stem: Path, mark: str, plan: Plan, channels: int) -> None:
     rest = Path(f"{stem}.npz")
     rest.unlink(missing_ok=True)
     for left in stem.parent.glob(f".{stem.name}.np[yz].*"):
         if time.time() - left.stat().st_mtime > 3600:  # left by a killed process; a living one would still write
             left.unlink(missing_ok=True)
-    shape = (len(plan.labels), 3, plan.size, plan.size)
+    shape = (len(plan.labels), channels, plan.size, plan.size)
     with write_whole(f"{stem}.npy") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         start = file.tell()
-        for first, block in plan.blocks():
-            file.seek(start + first * 3 * plan.size**2)
+        for first, block in _pictures(plan, channels):
+            file.seek(start + first * channels * plan.size**2)
             file.write(np.ascontiguousarray(block).data)
     with write_whole(rest) as file:
         np.savez(file, labels=plan.labels, names=np.array(plan.names), fingerprint=np.array(mark))
@@ -361,7 +395,7 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
             raise ValueError(f"{member.filename} claims {shape} of {dtype}, which is not what it has room for")
 
 # %% ../../nbs/data/archives.ipynb #7f6994b9
-def _read(stem: Path, mark: str) -> ImageSet | None:
+def _read(stem: Path, mark: str, channels: int) -> ImageSet | None:
     """The stored set, or None if there is none that fits."""
     pictures = Path(f"{stem}.npy")
     try:
@@ -370,43 +404,48 @@ def _read(stem: Path, mark: str) -> ImageSet | None:
         images = np.load(pictures, mmap_mode="c", allow_pickle=False)  # "c": torch warns of a read-only array
         if found != mark or images.offset + images.nbytes != pictures.stat().st_size:
             return None
-        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple(map(str, names)))
+        stored = ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple(map(str, names)))
+        return stored if stored.channels == channels else None
     except Exception:  # a broken file fails in many ways, and they all have the same cure
         return None
 
 
-def _in_memory(plan: Plan) -> ImageSet:
-    images = np.empty((len(plan.labels), 3, plan.size, plan.size), np.uint8)
-    for first, block in plan.blocks():
+def _in_memory(plan: Plan, channels: int) -> ImageSet:
+    images = np.empty((len(plan.labels), channels, plan.size, plan.size), np.uint8)
+    for first, block in _pictures(plan, channels):
         images[first : first + len(block)] = block
     return ImageSet(torch.from_numpy(images), torch.from_numpy(plan.labels), plan.names)
 
 # %% ../../nbs/data/archives.ipynb #cde52e0f
-def decode_once(stem: Path, mark: str, plan: Callable[[], Plan]) -> ImageSet:
+def decode_once(stem: Path, mark: str, plan: Callable[[], Plan], channels: int = 3) -> ImageSet:
     """Read the array stored at `stem`, or decode and store it.
 
     Args:
         stem: where it is stored: pictures at STEM.npy, all else at STEM.npz.
         mark: `fingerprint` of the sources; an array stored with another one is not used.
         plan: tells what to decode; only called if nothing that is stored fits.
+        channels: 3 for RGB, 1 for grey (luminance), which is stored at STEM-grey.
 
     Returns:
         An ImageSet on the CPU whose images are mapped from the file.
 
     Raises:
-        ValueError: what is to be decoded does not fit or can't be read; nothing is left at `stem`.
+        ValueError: what is to be decoded does not fit or can't be read, and nothing is left at `stem`; or `channels` is
+            neither 1 nor 3.
 
     Warns:
         UserWarning: the array can't be stored; then it is held in memory, and decoded again next time.
     """
-    if (stored := _read(stem, mark)) is not None:
+    check_channels(channels)
+    stem = stem if channels == 3 else stem.with_name(f"{stem.name}-grey")
+    if (stored := _read(stem, mark, channels)) is not None:
         return stored
     todo = plan()
     logging.getLogger("phattn").info("decoding %s images to %s.npy, once", f"{len(todo.labels):,}", stem)
     try:
-        _write(stem, mark, todo)
+        _write(stem, mark, todo, channels)
     except OSError as error:
         warnings.warn(f"{error}; the images are decoded at every start", stacklevel=2)
-        return _in_memory(todo)
-    stored = _read(stem, mark)
-    return _in_memory(todo) if stored is None else stored
+        return _in_memory(todo, channels)
+    stored = _read(stem, mark, channels)
+    return _in_memory(todo, channels) if stored is None else stored

@@ -1,0 +1,331 @@
+"""The networks, the losses with their gradients, and the look equal a second implementation for the same draws.
+
+The second implementation is `benchmarks/plain.py`, written from the equations. Everything is compared in float64, on
+small models whose every parameter and statistic is moved off its start.
+"""
+
+import math
+from collections import defaultdict
+from functools import partial
+
+import pytest
+import sync
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from phattn.data.images import ImageSet, normalise
+from phattn.evaluation import measure
+from phattn.model import HardAttention, ModelConfig
+from phattn.policy import EIG, expected_information_gain, look
+from phattn.training import LOSSES, Recipe, prepare, train_phase
+
+CLOSE = dict(rtol=1e-9, atol=1e-10)
+# image, glimpse, stride, channels: 5×5 places; 4×4; and 3×3 of grey glimpses whose stride is not half a side
+GEOMETRIES = [(24, 8, None, 3), (20, 8, None, 3), (14, 10, 2, 1)]
+BATCH, LOOKS = 4, 4
+normal = partial(torch.randn, dtype=torch.float64)
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps what torch draws, by the function that drew it."""
+
+    def __init__(self):
+        super().__init__()
+        self.draws: dict[str, list[Tensor]] = defaultdict(list)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like):
+            self.draws[function.__name__].append(result.double() if result.is_floating_point() else result)
+        return result
+
+
+@pytest.fixture(scope="module")
+def plain():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(sync.ROOT / "benchmarks"))
+        yield __import__("plain")
+
+
+@pytest.fixture(params=GEOMETRIES, ids=str)
+def model(request) -> HardAttention:
+    image, glimpse, stride, channels = request.param
+    torch.manual_seed(0)
+    sizes = dict(classes=3, image=image, glimpse=glimpse, stride=stride, in_channels=channels, channels=(4, 5))
+    sizes |= dict(features=6, latent=4, hidden=7, flow_layers=2, decoder_convolutions=2, dropout=0.0)
+    made = HardAttention(ModelConfig(**sizes)).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        for name, value in made.named_buffers():
+            if "running" in name:
+                value.copy_(0.5 + torch.rand_like(value) if "var" in name else 0.3 * torch.randn_like(value))
+    return made.eval()
+
+
+@pytest.fixture
+def reference(plain, model):
+    """With tensors of its own."""
+    learning = {name for name, _ in model.named_parameters()}
+    copies = {name: value.clone().requires_grad_(name in learning) for name, value in model.state_dict().items()}
+    return plain.Reference(copies, model.config.image)
+
+
+def batch(model: HardAttention) -> tuple[Tensor, Tensor]:
+    """Images and labels."""
+    side = model.config.image
+    return torch.rand(BATCH, model.config.in_channels, side, side).double() * 2 - 1, torch.tensor([0, 1, 2, 1])
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def same_gradients(model, reference, ours: Tensor, theirs: Tensor, learning: list) -> None:
+    """The two losses agree, and so do the gradients of all parameters; those that learn have one."""
+    close(ours.detach(), theirs.detach())
+    ours.backward()
+    theirs.backward()
+    learning = {id(parameter) for parameter in learning}
+    for name, parameter in model.named_parameters():
+        expected = reference.tensors[name].grad
+        if id(parameter) in learning:
+            assert expected.abs().max() > 0, name
+            torch.testing.assert_close(parameter.grad, expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert parameter.grad is None, name
+
+
+def test_features(model, reference):
+    images, _ = batch(model)
+    locations = model.grid.random_locations(BATCH, LOOKS)
+    c = model.glimpse.see(images, locations)
+    for number, image in enumerate(images):
+        for t, (row, column) in enumerate(locations[number].tolist()):
+            glimpse = reference.cut(image, row, column)[None]
+            close(c[number, t], reference.cnn(glimpse)[0, :, 0, 0])
+            expected = reference.features(c[number, t, None], locations[number, t])[0]
+            close(model.glimpse.at(c, locations)[number, t], expected)
+
+
+def test_features_of_the_whole_map(model, reference):
+    images, _ = batch(model)
+    c = model.map(images)
+    for number, image in enumerate(images):
+        for place in range(model.grid.count):
+            glimpse = reference.cut(image, *reference.location(place))[None]
+            close(c[number, place], reference.cnn(glimpse)[0, :, 0, 0])
+
+
+def test_update_and_answer(model, reference):
+    f, h = normal(5, 6), normal(5, 7)
+    close(model.recurrence(f, h), reference.update(f, h))
+    close(model.classifier(h).log_softmax(-1), reference.classify(h))
+
+
+def test_flow_and_its_log_determinant(model, reference):
+    x, a = 3 * normal(50, 4), normal(50, 6)
+    with Recorder():
+        z, log_det = model.vae.flow(x, a)
+    expected, expected_log_det = reference.flow(x, a)
+    assert 0 < (expected.abs() > 5).sum() < expected.numel() / 2  # some in the tails
+    close(z, expected)
+    close(log_det, expected_log_det)
+    for k in range(5):
+        jacobian = torch.autograd.functional.jacobian(lambda row, k=k: model.vae.flow(row, a[k])[0], x[k])
+        close(log_det[k], jacobian.det().abs().log())
+
+
+def test_samples(model, reference):
+    h = normal(5, 7)
+    with Recorder() as recorder:
+        z, log_q = model.vae.sample(h, 3)
+    (draws,) = recorder.draws["randn"]
+    for k in range(3):
+        expected, expected_log_q = reference.sample(h, draws[k])
+        close(z[k], expected)
+        close(log_q[k], expected_log_q)
+    with Recorder():
+        close(model.vae.log_prob(z, h), log_q)
+
+
+def test_imagination(model, reference):
+    z = normal(5, 4)
+    close(model.vae.decoder(z), reference.decode(z).flatten(2).transpose(1, 2))
+
+
+def test_bound(model, reference):
+    h, features = normal(BATCH, 7), normal(BATCH, model.grid.count, 6)
+    seen = torch.rand(BATCH, model.grid.count) < 0.3
+    with Recorder() as recorder:
+        elbo = model.vae.elbo(h, features, seen, samples=2)
+    (draws,) = recorder.draws["randn"]
+    for k in range(2):
+        for number in range(BATCH):
+            places = seen[number].nonzero()[:, 0].tolist()
+            known = [(place, features[number, place, None]) for place in places]
+            close(elbo.loss[k, number], reference.bound(h[number, None], draws[k, number], known))
+
+
+def test_gain(model, reference):
+    h = normal(BATCH, 7)
+    with Recorder() as recorder:
+        features = model.vae.imagine(h, 5)
+        gain = expected_information_gain(model, features, h, model.classifier(h).log_softmax(-1))
+    (draws,) = recorder.draws["randn"]
+    for number in range(BATCH):
+        close(gain[number], reference.gain(h[number, None], draws[:, number]))
+
+
+def test_first_loss(model, reference):
+    images, labels = batch(model)
+    learning = prepare(model, "first")
+    with Recorder() as recorder:
+        loss, _ = LOSSES["first"](model, images, labels, Recipe(phase="first", epochs=1, looks=30))
+    (locations,) = recorder.draws["randint"]
+    last = model.config.image - model.config.glimpse
+    assert all(set(part.tolist()) == set(range(last + 1)) for part in locations.flatten(0, 1).T)  # any pixel
+    same_gradients(model, reference, loss, reference.first(images, labels, locations), learning)
+
+
+@pytest.mark.parametrize("elbo_steps", [None, 2])
+def test_second_loss(model, reference, elbo_steps):
+    images, labels = batch(model)
+    learning = prepare(model, "second")
+    with Recorder() as recorder:
+        loss, _ = LOSSES["second"](
+            model, images, labels, Recipe(phase="second", epochs=1, looks=LOOKS, elbo_steps=elbo_steps)
+        )
+    (order,), (steps,), (draws,) = (recorder.draws[name] for name in ("rand", "randperm", "randn"))
+    assert order.shape == (BATCH, model.grid.count) and set(steps.tolist()) == set(range(LOOKS))
+    places, steps = order.argsort(descending=True)[:, :LOOKS], steps[:elbo_steps].tolist()
+    expected = reference.second(images, places, steps, draws.view(BATCH, len(steps), -1))
+    same_gradients(model, reference, loss, expected, learning)
+
+
+@pytest.mark.parametrize("elbo_steps", [None, 2])
+def test_third_loss(model, reference, elbo_steps):
+    images, labels = batch(model)
+    learning = prepare(model, "third")
+    with Recorder() as recorder:
+        loss, _ = LOSSES["third"](
+            model, images, labels, Recipe(phase="third", epochs=1, looks=LOOKS, elbo_steps=elbo_steps, ccebal=16.0)
+        )
+    (places,), (steps,), (*choosing, draws) = (recorder.draws[name] for name in ("randint", "randperm", "randn"))
+    assert set(steps.tolist()) == set(range(LOOKS))
+    steps = steps[:elbo_steps].tolist()
+    choosing = torch.stack([one.view(BATCH, -1) for one in choosing], 1)
+    expected = reference.third(images, labels, places, choosing, steps, draws.view(BATCH, len(steps), -1), ccebal=16.0)
+    same_gradients(model, reference, loss, expected, learning)
+
+
+def test_look(model, reference):
+    images, _ = batch(model)
+    with Recorder() as recorder:
+        trace = look(model, images, EIG(3), LOOKS)
+    (places,), choosing = recorder.draws["randint"], recorder.draws["randn"]
+    expected, log_probs, gains = reference.look(images, places, torch.stack(choosing, 1).permute(2, 1, 0, 3))
+    assert torch.equal(trace.candidates, expected)
+    close(trace.log_probs, log_probs)
+    close(trace.scores.flatten(2), gains)
+
+
+def test_first_looks_are_anywhere(model):
+    images, labels = (part.repeat_interleave(100, 0) for part in batch(model))
+    with Recorder() as recorder:
+        LOSSES["third"](model, images, labels, Recipe(phase="third", epochs=1, looks=1))
+        look(model, images, EIG(1), 1)
+    for places in recorder.draws["randint"]:
+        counts = places.bincount(minlength=model.grid.count)
+        assert len(counts) == model.grid.count and counts.min() > 0
+
+
+def test_plain_computes_the_same_a_batch_at_a_time(plain, model, reference):
+    images, labels = batch(model)
+    theirs = plain.Plain(model)
+    with Recorder() as recorder:
+        loss = theirs.first(images, labels, 1)  # later looks are normalised apart
+    close(loss, reference.first(images, labels, recorder.draws["randint"][0][:, None]))
+
+    with Recorder() as recorder:
+        loss = theirs.second(images, labels, LOOKS)
+    (order,), draws = recorder.draws["rand"], torch.stack(recorder.draws["randn"], 1)
+    close(loss, reference.second(images, order.argsort()[:, :LOOKS], range(LOOKS), draws))
+
+    with Recorder() as recorder:
+        loss = theirs.third(images, labels, LOOKS, ccebal=16.0)
+    (places,), draws = recorder.draws["randint"], torch.stack(recorder.draws["randn"], 1)
+    bounds, choosing = draws[:, ::2], draws[:, 1::2]  # in turn
+    close(loss, reference.third(images, labels, places, choosing, range(LOOKS), bounds, ccebal=16.0))
+
+    with Recorder() as recorder:
+        h = theirs.look(images, LOOKS, 3)
+    (places,), draws = recorder.draws["randint"], torch.stack(recorder.draws["randn"], 1)
+    choosing = draws.view(3, BATCH, LOOKS - 1, -1).permute(1, 2, 0, 3)
+    close(theirs.classify(h), reference.look(images, places, choosing)[1][:, -1])
+
+
+@pytest.mark.parametrize("phase, drops", [("first", True), ("second", False), ("third", True)])
+def test_the_answer_drops_channels_in_training(phase, drops):
+    torch.manual_seed(0)
+    model = HardAttention(ModelConfig(hidden=400, classes=50, features=4, latent=4, channels=(4,), dropout=0.3))
+    prepare(model, phase)
+    with torch.no_grad():
+        model.classifier.linear.weight.fill_(1 / 400)
+        kept = model.classifier(torch.ones(100, 400)) - model.classifier.linear.bias
+    assert kept.mean().item() == pytest.approx(1, abs=0.02)
+    assert kept[:, 0].std().item() == pytest.approx((0.3 / 0.7 / 400) ** 0.5 if drops else 0, abs=0.01)
+
+
+@pytest.mark.parametrize("phase", ["first", "third"])
+def test_losses_drop_channels(model, phase):
+    images, labels = batch(model)
+    prepare(model, phase)
+    losses = []
+    for model.classifier.dropout.p in (0.0, 0.5):
+        torch.manual_seed(0)
+        losses.append(LOSSES[phase](model, images, labels, Recipe(phase=phase, epochs=1, looks=1))[1]["cross-entropy"])
+    assert losses[0] != losses[1]
+
+
+def test_second_phase_starts_the_flow(model):
+    model.float()  # as images are when they are trained with
+    side = model.config.image
+    images = torch.randint(256, (256, model.config.in_channels, side, side), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(256) % 3, tuple("abc"))
+    places = model.grid.candidates()[model.grid.random_candidates(256, LOOKS)]
+    found, weights = [], {name: value.clone() for name, value in model.named_parameters() if "flow.norms" not in name}
+    for norm in model.vae.flow.norms:
+        norm.register_forward_hook(lambda module, given, result: found.append(result[0].flatten(0, -2)))
+
+    def outputs() -> list[Tensor]:
+        model.eval()
+        h = model.follow(model.glimpse.see(normalise(images), places), places)
+        found.clear()
+        with torch.no_grad():
+            model.vae.sample(h, 4)
+        return [torch.stack([y.mean(0).abs().max(), y.std(0).log().abs().max()]) for y in found]
+
+    assert all(off.max() > 1 for off in outputs())
+    train_phase(model, data, Recipe(phase="second", epochs=1, batch=32, looks=LOOKS, lr=1e-30))
+    assert all(off.max() < 0.5 for off in outputs())
+    assert all(norm.started for norm in model.vae.flow.norms)
+    assert all(torch.equal(weights[name], value) for name, value in model.named_parameters() if name in weights)
+
+
+def test_measures_by_hand():
+    torch.manual_seed(0)
+    log_probs, labels = torch.randn(300, 2, 4).mul(2).log_softmax(-1), torch.randint(4, (300,))
+    found = measure(log_probs, labels)
+    for t in range(2):
+        right, surprise, bins = 0, 0.0, [[] for _ in range(15)]
+        for beliefs, label in zip(log_probs[:, t].tolist(), labels.tolist()):
+            answer = beliefs.index(max(beliefs))
+            confidence = math.exp(beliefs[answer])
+            right += answer == label
+            surprise -= beliefs[label]
+            bins[math.ceil(15 * confidence) - 1].append((answer == label) - confidence)
+        assert found["accuracy"][t] == pytest.approx(right / 300)
+        assert found["nll"][t] == pytest.approx(surprise / 300)
+        assert found["ece"][t] == pytest.approx(sum(abs(sum(gaps)) for gaps in bins) / 300)
