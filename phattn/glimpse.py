@@ -41,8 +41,8 @@ class Grid:
         if not 1 <= self.stride <= self.glimpse:
             raise ValueError(f"stride must be from 1 to glimpse = {self.glimpse}, got {self.stride}")
         if rim := (self.image - self.glimpse) % self.stride:
-            fits = f"{self.image - rim} and {self.image - rim + self.stride}"
-            raise ValueError(f"image = {self.image} leaves {rim} pixels at the edge that no glimpse reaches; {fits} fit")
+            fits = f"{self.image - rim} and {self.image - rim + self.stride} fit"
+            raise ValueError(f"image = {self.image} leaves {rim} pixels at the edge that no glimpse reaches; {fits}")
 
     @property
     def n(self) -> int:

@@ -124,9 +124,10 @@ def _story(image: Tensor, trace: Trace, grid: Grid, index: int, names: Sequence[
 # %% ../nbs/09_plots.ipynb #e620c373
 def _picture(image: Tensor, grid: Grid) -> np.ndarray:
     """An image as imshow takes it: H×W×3 in [0, 1]."""
-    if image.shape != (3, grid.image, grid.image):
-        raise ValueError(f"image must be 3×{grid.image}×{grid.image} for this grid, got {tuple(image.shape)}")
-    image = image.detach().cpu()
+    side = grid.image
+    if image.shape not in ((3, side, side), (1, side, side)):
+        raise ValueError(f"image must be 3×{side}×{side} or 1×{side}×{side} for this grid, got {tuple(image.shape)}")
+    image = image.detach().cpu().expand(3, -1, -1)  # grey becomes colour
     image = image.float() if image.is_floating_point() else normalise(image)
     return denormalise(image).permute(1, 2, 0).numpy()
 
@@ -170,7 +171,7 @@ def plot_look(
     model had looked. The cell framed is the next look, framed again in what is seen. More than 10 looks wrap.
 
     Args:
-        image: 3×H×W, uint8 or float as `phattn.data.images.normalise` makes it.
+        image: C×H×W, colour or grey; uint8 or float as `phattn.data.normalise` makes it.
         trace: of a batch that holds the image, by any policy; what follows an early stop stays blank.
         grid: the model's candidates, `model.grid`.
         index: which image of the trace it is.
@@ -248,7 +249,7 @@ def plot_maps(
     """Draw an image and, beside it, maps laid over it: bright where a map is high, each on its own colour scale.
 
     Args:
-        image: 3×H×W, uint8 or float as `phattn.data.images.normalise` makes it.
+        image: C×H×W, colour or grey; uint8 or float as `phattn.data.normalise` makes it.
         maps: K maps of n×n, or of N = n² in the grid's order; NaN shows the image.
         grid: the model's candidates, `model.grid`.
         titles: K + 1 of them, the image's first; or none.

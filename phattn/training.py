@@ -256,12 +256,10 @@ def _start_flow(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
 def check(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
     """Raise a ValueError if model, data and recipe do not fit together."""
     config, kind = model.config, {1: "grey", 3: "colour"}
-    wanted = (config.image, config.classes, config.in_channels)
-    if (data.size, data.classes, data.channels) != wanted:
-        raise ValueError(
-            f"data hold {data.classes} classes of {data.size}×{data.size} {kind[data.channels]} images, "
-            f"the model takes {config.classes} classes of {config.image}×{config.image} {kind.get(config.in_channels, '')} images"
-        )
+    held = f"{data.classes} classes of {data.size}×{data.size} {kind.get(data.channels, '')} images"
+    taken = f"{config.classes} classes of {config.image}×{config.image} {kind.get(config.in_channels, '')} images"
+    if held != taken:
+        raise ValueError(f"data hold {held}, the model takes {taken}")
     if recipe.batch > len(data):
         raise ValueError(f"batch must be at most {len(data)}, the number of training images, got {recipe.batch}")
     if recipe.looks > model.grid.count:

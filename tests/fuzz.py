@@ -4,7 +4,8 @@
     python tests/fuzz.py --only png --case 123       one case again
 
 Each case takes a good file, changes some bytes (flips, cuts, insertions, copies; numbers made huge; inside a zip or
-gzip also with the checksums put right again) and lets the package read it. It must end in ValueError or OSError, or in
+gzip also with the checksums put right again, in the header of a safetensors file with its length) and lets the package
+read it. It must end in ValueError or OSError, or in
 a right load: never in another exception, a crash, a hang of more than 20 seconds, or 1.5 GB of memory.
 `tests/test_fuzz.py` does a few hundred.
 """
@@ -35,13 +36,14 @@ import torch
 from PIL import Image
 
 from phattn.data.archives import contents, listing
-from phattn.data.images import read_image
 from phattn.data.folders import npz
-from phattn.engine.loop import _resume, _schedule
-from phattn.model import HardAttention, ModelConfig
+from phattn.data.images import read_image
 from phattn.engine.files import read_json
+from phattn.engine.loop import _resume, _schedule
+from phattn.engine.pickles import load_pickled
 from phattn.engine.runs import Run, check_history
-from phattn.engine.weights import load_tensors, load_weights
+from phattn.engine.weights import load_tensors, load_weights, save_tensors
+from phattn.model import HardAttention, ModelConfig
 from phattn.training import prepare, recipe
 
 SECONDS, MEGABYTES = 20, 1536  # a picture of 89 million pixels, the most that Pillow allows, takes a gigabyte
@@ -95,10 +97,16 @@ def good_tar(packed: bool) -> bytes:
     return gzip.compress(buffer.getvalue()) if packed else buffer.getvalue()
 
 
-def saved(value: object) -> bytes:
+def pickled(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def saved(value: object) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        save_tensors(value, path := Path(folder) / "a.safetensors")
+        return path.read_bytes()
 
 
 def good_safetensors() -> bytes:
@@ -107,11 +115,21 @@ def good_safetensors() -> bytes:
         return path.read_bytes()
 
 
-def good_state() -> bytes:
+def good_release() -> bytes:
+    made, optimiser, _ = stepped()
+    return pickled([made.state_dict(), optimiser.state_dict()])
+
+
+def stepped() -> tuple:
     made, optimiser, schedule = learner()
     for parameter in made.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
+    return made, optimiser, schedule
+
+
+def good_state() -> bytes:
+    made, optimiser, schedule = stepped()
     history = [{"loss": 1.0, "lr": 0.1, "seconds": 1.0, "accuracy": [0.1, 0.2]}]
     states = {"model": made, "optimiser": optimiser, "schedule": schedule}
     return saved({name: part.state_dict() for name, part in states.items()} | {"history": history})
@@ -149,7 +167,7 @@ def read_history(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: its name, a good one, what reads it, and what its parts are if it is a zip or a gzip."""
+    """A kind of file: its name, a good one, what reads it, and what is packed in it: a zip, a gzip, a header."""
 
     name: str
     make: Callable[[], bytes]
@@ -159,7 +177,7 @@ class Kind:
 
 KINDS = {
     "npz": Kind("train.npz", good_npz, read_npz, "zip"),
-    "safetensors": Kind("a.safetensors", good_safetensors, HardAttention.load),
+    "safetensors": Kind("a.safetensors", good_safetensors, HardAttention.load, "header"),
     "config": Kind("config.json", lambda: config().encode(), read_config),
     "history": Kind("history.json", lambda: json.dumps({"history": HISTORY}).encode(), read_history),
     "png": Kind("a.png", picture, lambda path: read_image(path, 16)),
@@ -167,9 +185,11 @@ KINDS = {
     "zip": Kind("a.zip", lambda: zipped({"a/1.png": picture(), "b/2.png": picture()}), read_archive, "zip"),
     "tar": Kind("a.tar", lambda: good_tar(False), read_archive),
     "tar.gz": Kind("a.tar.gz", lambda: good_tar(True), read_archive, "gzip"),
-    "weights": Kind("a.pth", lambda: saved(model().state_dict()), lambda path: load_weights(model(), path), "zip"),
-    "state": Kind("state.pth", good_state, read_state, "zip"),
-    "tensors": Kind("b.pth", lambda: saved({"a": torch.ones(3), "b": [1, "x", None]}), load_tensors, "zip"),
+    "weights": Kind("a.safetensors", good_safetensors, lambda path: load_weights(model(), path), "header"),
+    "state": Kind("state.safetensors", good_state, read_state, "header"),
+    "tensors": Kind("b.safetensors", lambda: saved({"a": torch.ones(3), 1: [1, (), None]}), load_tensors, "header"),
+    "pickled": Kind("a.pth", lambda: pickled(model().state_dict()), load_pickled, "zip"),
+    "release": Kind("b.pth", good_release, load_pickled, "zip"),
 }
 
 
@@ -224,6 +244,10 @@ def forge(kind: Kind, content: bytes, rng: random.Random) -> bytes:
         return mutate(content, rng)
     if kind.wrap == "gzip":
         return gzip.compress(mutate(gzip.decompress(content), rng), 1)
+    if kind.wrap == "header":
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = mutate(content[8:end], rng)
+        return len(header).to_bytes(8, "little") + header + content[end:]
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     name = rng.choice([name for name in files if name.endswith((".pkl", ".npy", ".png"))] + list(files))

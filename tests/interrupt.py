@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES, EPOCHS, IMAGES = ("first", "second", "third"), 3, 320
@@ -63,7 +64,7 @@ def spoken(output: Path) -> bool:
 
 def met(folder: Path) -> str:
     """The stage that a run is in: before the phases, one of them, or the tests and pictures at the end."""
-    if all((folder / phase / f"weights_f_{EPOCHS}.pth").exists() for phase in PHASES):
+    if all((folder / phase / f"weights_f_{EPOCHS}.safetensors").exists() for phase in PHASES):
         return "conclusions"
     return next((phase for phase in reversed(PHASES) if (folder / phase / "config.json").exists()), "start")
 
@@ -113,7 +114,7 @@ def leavings(folder: Path) -> dict[str, object]:
     """All that must be the same whatever happened on the way."""
     found: dict[str, object] = {"model": (folder / "model.safetensors").read_bytes()}
     for phase in PHASES:
-        found[phase] = torch.load(folder / phase / f"weights_f_{EPOCHS}.pth", weights_only=True)
+        found[phase] = load_file(folder / phase / f"weights_f_{EPOCHS}.safetensors")
         found[f"{phase} history"] = [
             {name: value for name, value in epoch.items() if name != "seconds"}
             for epoch in json.loads((folder / phase / "history.json").read_text())

@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
-from phattn.apps.compare import COMPARED, CompareOptions, compare, efforts, table
-from phattn.apps.experiment import TrainOptions, load_data
+from phattn.apps.compare import CompareOptions, _policies, compare, efforts, table
+from phattn.apps.experiment import load_data
+from phattn.apps.policies import COMPARED
+from phattn.policy import EIG, random
 
 
 def _record(*last, ceiling=0.9):
@@ -33,39 +37,60 @@ def test_efforts_are_looks_and_products():
     assert rows[3] == "| random | 2.00 | not reached | 5.0 | 1.50 |"  # its own accuracy, whatever the seeds
 
 
+def spread_out(view):
+    """A policy of the test's own: away from what was seen last, by the number of the place."""
+    return torch.arange(view.seen.shape[1]).float().expand(view.seen.shape)
+
+
 @pytest.mark.slow
 def test_comparison_is_made_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in ("compare", "experiment"):
-        monkeypatch.setattr(f"phattn.{module}.load_data", lambda options, split: load_data(options, split)[:60])
-    train = TrainOptions(epochs=1, T=2, batch=30)
-    options = CompareOptions(train, (0, 1), policies=("random", "EIG, P = 1"), name="few")
+        monkeypatch.setattr(f"phattn.apps.{module}.load_data", lambda options, split: load_data(options, split)[:60])
+    options = CompareOptions(
+        epochs=1, looks=2, batch=30, training_seeds=(0, 1), policies=("random", "EIG, P = 1"), name="few"
+    )
     said = []
     folder = compare(options, said.append)
     before = (folder / "results.json").read_bytes()
     assert {path.name for path in folder.iterdir()} > {"results.json", "table.md", "curves.png", "wrong0.png"}
-    assert len(json.loads(before)["runs"]) == 2 and "± " in (folder / "table.md").read_text()
+    assert len(json.loads(before)["runs"]) == 2 and "± " in (folder / "table.md").read_text(encoding="utf-8")
     said.clear()
     compare(options, said.append)
     assert len(said) == 2 and all("tested already" in line for line in said)
     assert (folder / "results.json").read_bytes() == before
     said.clear()
-    compare(replace(options, policies=COMPARED), said.append)
-    assert len(said) == 2 * (len(COMPARED) - 2) and not any("EIG, P = 1" in line for line in said)
-    tables = (folder / "table.md").read_text()
-    assert all(tables.count(f"| {name} |") == 4 for name in COMPARED) and tables.count("*whole-image CNN*") == 3
+    compare(replace(options, policies=None), said.append, policies={"mine": spread_out})
+    assert len(said) == 2 * (len(COMPARED) - 2 + 1) and not any("EIG, P = 1" in line for line in said)
+    tables = (folder / "table.md").read_text(encoding="utf-8")
+    assert all(tables.count(f"| {name} |") == 4 for name in [*COMPARED, "mine"])
+    assert tables.count("*whole-image CNN*") == 3
     with pytest.raises(ValueError, match="lr = 0.003, now 0.1"):
-        compare(replace(options, train=replace(options.train, lr=0.1)), said.append)
+        compare(replace(options, lr=0.1), said.append)
 
 
-def test_comparison_of_what_cannot_be_is_refused():
+def test_comparison_of_what_cannot_be_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="at least one seed"):
-        compare(CompareOptions(training_seeds=()))
+        CompareOptions(training_seeds=())
     with pytest.raises(ValueError, match="seeds must name .* none twice"):
-        compare(CompareOptions(seeds=(1, 1)))
-    with pytest.raises(ValueError, match="T must be at least 2"):
-        compare(CompareOptions(TrainOptions(T=1)))
-    with pytest.raises(ValueError, match="seed can't be set"):
-        compare(CompareOptions(TrainOptions(seed=5)))
-    with pytest.raises(ValueError, match="policies must be some of random, .*, got luck"):
+        CompareOptions(seeds=(1, 1))
+    with pytest.raises(ValueError, match="looks must be at least 2"):
+        compare(CompareOptions(looks=1))
+    with pytest.raises(TypeError, match="seed"):
+        CompareOptions(seed=5)
+    with pytest.raises(ValueError, match="policies must be some of .*random; .*, got 'luck'"):
         compare(CompareOptions(policies=("random", "luck")))
+    with pytest.raises(ValueError, match="policies must name at least one"):
+        compare(CompareOptions(policies=()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_policies_are_named_listed_or_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def best(view): ...", encoding="utf-8")
+    assert list(_policies(CompareOptions())) == list(COMPARED)
+    found = _policies(CompareOptions(policies=("RAM", "eig", "mine:best")))
+    assert found["RAM"] is COMPARED["RAM"] and found["eig"] == EIG(20) and found["mine:best"].__name__ == "best"
+    monkeypatch.setitem(COMPARED, "more", random)
+    assert "more" in _policies(CompareOptions())

@@ -49,6 +49,94 @@ def write_files(folder, files):
     return folder
 
 
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_svhn(folder, patches, address="", count=30):
+    """SVHN's three files with `count` patches each, and torchvision's checksums set to theirs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = {}
+    for i, part in enumerate(("train", "extra", "test")):
+        images = np.stack([patch(100 * i + k, 32) for k in range(count)], -1)  # 32×32×3×N, as theirs
+        path = folder / f"{part}_32x32.mat"
+        scipy.io.savemat(path, {"X": images, "y": (np.arange(count) % 10 + 1)[:, None].astype(np.uint8)})
+        expected[part] = (f"{address}/{path.name}", path.name, md5(path))
+    patches.setattr(torchvision.datasets.SVHN, "split_list", expected)
+    return folder
+
+
+def write_cifar(folder, patches, dataset, address="", count=20):
+    """The pickles of CIFAR-10 or CIFAR-100 with `count` patches each, their archive, and torchvision's checksums."""
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    classes, inside = (10, "labels") if dataset == "cifar10" else (100, "fine_labels"), folder / kind.base_folder
+    lists = {"train_list": [], "test_list": []}
+    for name, held in lists.items():
+        for i, (file, _) in enumerate(getattr(kind, name)):
+            start = 5000 * (dataset == "cifar100") + 1000 * (name == "test_list") + i * count
+            flat = np.stack([patch(start + k, 32).transpose(2, 0, 1).ravel() for k in range(count)])
+            labels = [k % classes[0] for k in range(start, start + count)]
+            write_files(inside, {file: pickle.dumps({"data": flat, classes[1]: labels})})
+            held.append([file, md5(inside / file)])
+        patches.setattr(kind, name, held)
+    names = [f"class {k}" for k in range(classes[0])]
+    write_files(inside, {kind.meta["filename"]: pickle.dumps({kind.meta["key"]: names})})
+    patches.setattr(kind, "meta", {**kind.meta, "md5": md5(inside / kind.meta["filename"])})
+    with tarfile.open(folder / kind.filename, "w:gz") as archive:
+        archive.add(inside, kind.base_folder)
+    patches.setattr(kind, "tgz_md5", md5(folder / kind.filename))
+    patches.setattr(kind, "url", f"{address}/{kind.filename}")
+    return folder
+
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def cinic_files(count=2):
+    """CINIC-10 with `count` images of each class in each part."""
+    return {
+        f"{part}/{name}/{i:03}.png": encode(patch(1000 * j + 10 * k + i, 32), "png")
+        for j, part in enumerate(("train", "valid", "test"))
+        for k, name in enumerate(CLASSES)
+        for i in range(count)
+    }
+
+
+def packed(path, files, top=""):
+    """Files in a zip or a compressed tar, in an order that is not alphabetic, below `top`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        write_files(Path(place), files)
+        names = sorted(files, key=lambda name: name[::-1])
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in names:
+                    archive.write(Path(place, name), top + name)
+        else:
+            with tarfile.open(path, "w:gz") as archive:
+                for name in names:
+                    archive.add(Path(place, name), top + name)
+    return path
+
+
+WORDS = {"n02": "Egyptian cat", "n01": "goldfish, Carassius auratus", "n03": "crane, a bird", "n04": "crane, a machine"}
+
+
+def tiny_files(count=6):
+    """TinyImageNet with four classes: `count` training and half as many validation images of each; one is grey."""
+    words = "".join(f"{name}\t{words}\n" for name, words in sorted(WORDS.items()))
+    files, rows = {"wnids.txt": "\n".join(WORDS) + "\n", "words.txt": words}, []
+    for k, name in enumerate(WORDS):
+        files[f"train/{name}/{name}_boxes.txt"] = "0\t0\t62\t62\n"
+        for i in range(count):
+            files[f"train/{name}/images/{name}_{i}.JPEG"] = encode(patch(100 * k + i, 64), "jpeg")
+        for i in range(count // 2):
+            rows.append(f"val_{4 * i + k}.JPEG\t{name}\t0\t0\t62\t62\n")
+            files[f"val/images/val_{4 * i + k}.JPEG"] = encode(patch(500 + 100 * k + i, 64), "jpeg")
+    files["train/n02/images/n02_0.JPEG"] = encode(patch(0, 64).mean(-1).astype(np.uint8), "jpeg")
+    return {**files, "val/val_annotations.txt": "".join(rows), "test/images/test_0.JPEG": b"never read"}
+
+
 @contextmanager
 def served(folder, patches):
     """An address on this machine where the files of `folder` can be fetched."""
@@ -65,23 +153,6 @@ def served(folder, patches):
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
-
-
-def md5(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def write_svhn(folder, patches, address="", count=30):
-    """SVHN's three files with `count` patches each, and torchvision's checksums set to theirs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    expected = {}
-    for i, part in enumerate(("train", "extra", "test")):
-        images = np.stack([patch(100 * i + k, 32) for k in range(count)], -1)  # 32×32×3×N, as theirs
-        path = folder / f"{part}_32x32.mat"
-        scipy.io.savemat(path, {"X": images, "y": (np.arange(count) % 10 + 1)[:, None].astype(np.uint8)})
-        expected[part] = (f"{address}/{path.name}", path.name, md5(path))
-    patches.setattr(torchvision.datasets.SVHN, "split_list", expected)
-    return folder
 
 
 def test_svhn_is_train_and_extra(tmp_path, monkeypatch):
@@ -122,29 +193,6 @@ def test_a_damaged_svhn_file_is_named(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def write_cifar(folder, patches, dataset, address="", count=20):
-    """The pickles of CIFAR-10 or CIFAR-100 with `count` patches each, their archive, and torchvision's checksums."""
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
-    classes, inside = (10, "labels") if dataset == "cifar10" else (100, "fine_labels"), folder / kind.base_folder
-    lists = {"train_list": [], "test_list": []}
-    for name, held in lists.items():
-        for i, (file, _) in enumerate(getattr(kind, name)):
-            start = 5000 * (dataset == "cifar100") + 1000 * (name == "test_list") + i * count
-            flat = np.stack([patch(start + k, 32).transpose(2, 0, 1).ravel() for k in range(count)])
-            labels = [k % classes[0] for k in range(start, start + count)]
-            write_files(inside, {file: pickle.dumps({"data": flat, classes[1]: labels})})
-            held.append([file, md5(inside / file)])
-        patches.setattr(kind, name, held)
-    names = [f"class {k}" for k in range(classes[0])]
-    write_files(inside, {kind.meta["filename"]: pickle.dumps({kind.meta["key"]: names})})
-    patches.setattr(kind, "meta", {**kind.meta, "md5": md5(inside / kind.meta["filename"])})
-    with tarfile.open(folder / kind.filename, "w:gz") as archive:
-        archive.add(inside, kind.base_folder)
-    patches.setattr(kind, "tgz_md5", md5(folder / kind.filename))
-    patches.setattr(kind, "url", f"{address}/{kind.filename}")
-    return folder
-
-
 @pytest.mark.parametrize(("dataset", "count", "total"), [("cifar10", 20, 100), ("cifar100", 100, 100)])
 def test_cifar_is_read_unpacked_and_fetched(tmp_path, monkeypatch, dataset, count, total):
     with served(tmp_path / "theirs", monkeypatch) as address:
@@ -180,36 +228,6 @@ def test_damaged_cifar_files_are_named(tmp_path, monkeypatch, dataset):
     with pytest.raises(ValueError, match=f"{broken.name}: missing.*--download"):
         load(dataset, "train", datapath=theirs)
     assert not list(tmp_path.rglob(".phattn*"))
-
-
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-def cinic_files(count=2):
-    """CINIC-10 with `count` images of each class in each part."""
-    return {
-        f"{part}/{name}/{i:03}.png": encode(patch(1000 * j + 10 * k + i, 32), "png")
-        for j, part in enumerate(("train", "valid", "test"))
-        for k, name in enumerate(CLASSES)
-        for i in range(count)
-    }
-
-
-def packed(path, files, top=""):
-    """Files in a zip or a compressed tar, in an order that is not alphabetic, below `top`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        write_files(Path(place), files)
-        names = sorted(files, key=lambda name: name[::-1])
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path, "w") as archive:
-                for name in names:
-                    archive.write(Path(place, name), top + name)
-        else:
-            with tarfile.open(path, "w:gz") as archive:
-                for name in names:
-                    archive.add(Path(place, name), top + name)
-    return path
 
 
 def assert_same(sets):
@@ -259,24 +277,6 @@ def test_cinic10_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"0.tar.gz: damaged, or not downloaded whole"):
         load("cinic10", "train", datapath=tmp_path / "0.tar.gz")
     assert not list(tmp_path.glob(".phattn*"))
-
-
-WORDS = {"n02": "Egyptian cat", "n01": "goldfish, Carassius auratus", "n03": "crane, a bird", "n04": "crane, a machine"}
-
-
-def tiny_files(count=6):
-    """TinyImageNet with four classes: `count` training and half as many validation images of each; one is grey."""
-    words = "".join(f"{name}\t{words}\n" for name, words in sorted(WORDS.items()))
-    files, rows = {"wnids.txt": "\n".join(WORDS) + "\n", "words.txt": words}, []
-    for k, name in enumerate(WORDS):
-        files[f"train/{name}/{name}_boxes.txt"] = "0\t0\t62\t62\n"
-        for i in range(count):
-            files[f"train/{name}/images/{name}_{i}.JPEG"] = encode(patch(100 * k + i, 64), "jpeg")
-        for i in range(count // 2):
-            rows.append(f"val_{4 * i + k}.JPEG\t{name}\t0\t0\t62\t62\n")
-            files[f"val/images/val_{4 * i + k}.JPEG"] = encode(patch(500 + 100 * k + i, 64), "jpeg")
-    files["train/n02/images/n02_0.JPEG"] = encode(patch(0, 64).mean(-1).astype(np.uint8), "jpeg")
-    return {**files, "val/val_annotations.txt": "".join(rows), "test/images/test_0.JPEG": b"never read"}
 
 
 def test_tinyimagenet_folder_and_archive_are_the_same(tmp_path):

@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from phattn.apps.experiment import TrainOptions, model_config, open_model, train
+from phattn.apps.experiment import _near_quarter, fit_sizes, load_data, model_config, settled, train
+from phattn.apps.options import LearnOptions, TrainOptions
 from phattn.data.images import ImageSet
 from phattn.engine.files import write_json
-from phattn.engine.weights import save_tensors
+from phattn.engine.weights import save_weights
+from phattn.glimpse import Grid
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import POLICIES
 
@@ -18,18 +21,18 @@ from phattn.policy import POLICIES
 @pytest.mark.slow
 def test_a_run_leaves_what_it_should_and_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = TrainOptions(epochs=1, T=2, batch=400, batchv=250)
+    options = TrainOptions(epochs=1, looks=2, batch=400, batchv=250)
     said = []
     folder = train(options, said.append)
     assert folder == Path("runs/digits") and "8000 training images" in said[0]
     for name in ("first", "second", "third"):
-        assert {"config.json", "history.json", "state.pth", "weights_f_1.pth"} <= {
+        assert {"config.json", "history.json", "state.safetensors", "weights_f_1.safetensors"} <= {
             path.name for path in (folder / name).iterdir()
         }
         assert list((folder / name).glob("events.out.tfevents*"))
     for name in ("look0.png", "look1.png", "look2.png", "look.gif", "curves.png", "history.png", "model.safetensors"):
         assert (folder / name).stat().st_size > 1000
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert set(metrics["policies"]) == set(POLICIES) and len(metrics["policies"]["eig"]["accuracy"]) == 2
     weights = (folder / "model.safetensors").read_bytes()
     train(replace(options, logfolder=folder, resume=True), said.append)
@@ -41,41 +44,78 @@ def test_a_run_leaves_what_it_should_and_resumes(tmp_path, monkeypatch):
         train(replace(options, logfolder=folder), said.append)
 
 
-def test_options_that_cannot_work_are_refused(tmp_path):
+def test_what_cannot_work_leaves_nothing(tmp_path):
     refused = {
-        "give --pretrain_checkpoint": dict(training_phase="second"),
-        "no checkpoint at": dict(training_phase="second", pretrain_checkpoint=tmp_path / "weights_f_3.pth"),
-        "epochs must be at least 1, got 0": dict(epochs=0),
-        "lr must be positive": dict(lr=-1.0),
-        "T must be at least 1, got 0": dict(T=0),
-        "seed must be from 0 to 4294967295, got -1": dict(seed=-1),
-        "elbo_steps must be at least 0, got -1": dict(elbo_steps=-1),
+        "no weights .*weights_f_3.pth": dict(training_phase="second", pretrain_checkpoint=tmp_path / "weights_f_3.pth"),
+        "looks must be from 1 to 49": dict(looks=50),
         "device 'meta' can't be used": dict(device="meta"),
-        "batchv must be at least 1, got 0": dict(batchv=0),
         "nothing to resume": dict(resume=True),
-        "device 'tpu' can't be used": dict(device="tpu"),
+        "test_images must be from 1 to 1000, got 5000": dict(test_images=5000),
+        "glimpse is 8 for digits, got 6": dict(glimpse=6),
+        "size must be left out for digits": dict(size=40),
+        "batch must be at most 8000": dict(batch=9000),
     }
     for message, options in refused.items():
         with pytest.raises((ValueError, OSError), match=message):
             train(TrainOptions(**options, logfolder=tmp_path / "run"))
         assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="no model 'nobody': give a pretrained name"):
-        open_model("nobody")
-
-
-@pytest.mark.parametrize("side", [8, 12, 16, 24, 28, 40, 64, 96])
-def test_images_of_any_size_have_a_model(side):
-    data = ImageSet(torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
-    config = model_config("npz", data)
-    with torch.device("meta"):
-        HardAttention(config)
-    assert config.image == side and config.grid.n >= 3
 
 
 def test_weights_of_another_data_set_are_refused(tmp_path):
-    save_tensors(HardAttention(CONFIGS["digits"]).state_dict(), tmp_path / "weights_f_1.pth")
+    save_weights(HardAttention(CONFIGS["digits"]).state_dict(), tmp_path / "weights_f_1.safetensors", {})
     write_json({"options": {"dataset": "svhn"}}, tmp_path / "config.json")
     options = TrainOptions(training_phase="second", pretrain_checkpoint=tmp_path / "weights_f_1.pth")
     with pytest.raises(ValueError, match="was trained on svhn, and dataset is digits"):
         train(replace(options, logfolder=tmp_path / "run"))
+    with pytest.raises(ValueError, match="cifar10 was trained on cifar10"):
+        train(replace(options, pretrain_checkpoint="cifar10", logfolder=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("side", range(8, 129))
+def test_sizes_are_made_to_fit(side):
+    size, glimpse = fit_sizes(side)
+    assert Grid(size, glimpse).n >= 2
+    assert abs(size - side) <= glimpse // 4 + 1 and abs(glimpse - _near_quarter(size)) <= glimpse / 2
+
+
+@pytest.mark.parametrize("side, channels", [(8, 3), (12, 1), (16, 3), (24, 3), (28, 1), (40, 3), (64, 3), (96, 3)])
+def test_images_of_any_size_have_a_model(side, channels):
+    data = ImageSet(torch.zeros(2, channels, side, side, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+    config = model_config("npz", data)
+    with torch.device("meta"):
+        HardAttention(config)
+    assert config.image == side and config.in_channels == channels and config.grid.n >= 3
+
+
+def test_what_was_asked_for_stays_or_is_refused_with_what_fits():
+    assert fit_sizes(37, given_glimpse=8) == (36, 8) and fit_sizes(50, given_size=48) == (48, 12)
+    assert fit_sizes(64, 32, 8) == (32, 8)
+    said = {(60, 60, 16): "give --size=64 .*glimpses of 16.* or --glimpse=12", (32, 37, None): "--size=35"}
+    for given, text in said.items():
+        with pytest.raises(ValueError, match=text):
+            fit_sizes(*given)
+
+
+def _own_images(place, side, count=12):
+    """Training and test images of one side in `place`."""
+    random = np.random.RandomState(0)
+    for split in ("train", "test"):
+        images = random.randint(0, 256, (count, side, side, 3)).astype(np.uint8)
+        np.savez(place / f"{split}.npz", images=images, labels=np.arange(count) % 3)
+
+
+SETTLED = [(37, {}, 35, 10, 1), (32, {}, 32, 8, 0), (30, {}, 30, 6, 1)]
+SETTLED += [(37, dict(size=40), 40, 10, 0), (37, dict(glimpse=8), 36, 8, 1)]
+
+
+@pytest.mark.parametrize("side, given, size, glimpse, lines", SETTLED)
+def test_own_images_are_settled_and_told_of(tmp_path, side, given, size, glimpse, lines):
+    _own_images(tmp_path, side)
+    said = []
+    options = settled(LearnOptions(dataset="npz", datapath=tmp_path, **given), said.append)
+    assert (options.size, options.glimpse, len(said)) == (size, glimpse, lines)
+    assert settled(options, said.append) == options and len(said) == lines
+    data = {split: load_data(options, split) for split in ("train", "test")}
+    assert data["train"].size == data["test"].size == model_config("npz", data["train"], glimpse).image == size
+    assert settled(LearnOptions(), said.append) == LearnOptions()

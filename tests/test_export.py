@@ -10,9 +10,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from phattn.apps.export import Gain, _examples, export_model, look_with, open_parts, parts
 from phattn.data import digits
+from phattn.glimpse import sense
 from phattn.model import CONFIGS, HardAttention, ModelConfig, evaluating
 from phattn.policy import EIG, look
 
@@ -26,15 +28,15 @@ def exported():
     return export_model(HardAttention.from_pretrained("digits"), Path(KEEP.name) / "digits")
 
 
-def both(folder, images, looks=7, samples=20, seed=0):
+def both(folder, images, looks=7, samples=20, seed=0, model=None):
     """The trace by torch, and what the exported parts give, from the same first places and the same noise."""
-    model, batch = HardAttention.from_pretrained("digits"), len(images)
-    draw = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(samples, batch, 32, generator=draw).numpy() for _ in range(looks - 1)]
-    first = torch.arange(batch) * 7 % 49
+    model, batch = model or HardAttention.from_pretrained("digits"), len(images)
+    draw, opened = torch.Generator().manual_seed(seed), open_parts(folder, threads=1)
+    noise = [torch.randn(samples, batch, opened["about"]["latent"], generator=draw).numpy() for _ in range(looks - 1)]
+    first = torch.arange(batch) * 7 % model.grid.count
     generator = torch.Generator().manual_seed(seed)
     trace = look(model, images, EIG(samples), looks, first=first, generator=generator)
-    return trace, look_with(open_parts(folder, threads=1), images.numpy(), looks, first.numpy(), noise)
+    return trace, look_with(opened, images.numpy(), looks, first.numpy(), noise)
 
 
 @pytest.mark.slow
@@ -78,7 +80,7 @@ def test_what_is_refused_cannot_be_imported():
 def test_pt2_files_need_only_torch(batch, samples, tmp_path):
     generator = torch.Generator().manual_seed(0)
     inputs = {}
-    for name, given in _examples(CONFIGS["digits"], batch, samples).items():
+    for name, given in _examples(HardAttention.from_pretrained("digits"), batch, samples).items():
         drawn = [x + torch.rand(x.shape, generator=generator).to(x.dtype) for x in given.values()]
         inputs[name] = [one if x.is_floating_point() else x for x, one in zip(given.values(), drawn)]
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -115,7 +117,7 @@ def test_the_loop_needs_only_numpy_and_onnxruntime(tmp_path):
 def test_a_folder_is_whole_and_tells_no_paths():
     names = {f"{part}.{kind}" for part in ("glimpse", "belief", "gain") for kind in ("pt2", "onnx")}
     assert {file.name for file in exported().iterdir()} == names | {"look.py", "README.md", "model.json"}
-    about = json.loads((exported() / "model.json").read_text())
+    about = json.loads((exported() / "model.json").read_text(encoding="utf-8"))
     assert about["candidates"] == CONFIGS["digits"].grid.candidates().tolist() and about["names"] == list("0123456789")
     for file in exported().iterdir():
         content = file.read_bytes()
@@ -127,7 +129,7 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         export_model(model, tmp_path / "new", 0)
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "notes.txt").write_text("mine")
+    (tmp_path / "old" / "notes.txt").write_text("mine", encoding="utf-8")
     for taken in (tmp_path / "old", tmp_path / "old" / "notes.txt"):
         with pytest.raises(FileExistsError, match="not an empty folder"):
             export_model(model, taken)
@@ -149,7 +151,7 @@ def test_without_onnx_and_for_any_sizes(tmp_path, monkeypatch):
     folder = export_model(model, tmp_path, onnx=False)
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".md", ".pt2", ".pt2", ".pt2"]
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    given = _examples(config, 4, 2)["gain"].values()
+    given = _examples(model, 4, 2)["gain"].values()
     gain = torch.export.load(folder / "gain.pt2").module()
     with evaluating(model):
         assert torch.allclose(gain(*given), Gain(model)(*given), atol=1e-5)
@@ -169,3 +171,69 @@ def test_the_loop_refuses_what_does_not_fit():
             look_with(opened, *given)
     places, log_probs, maps = look_with(opened, images[0], looks=1)
     assert places.shape == (1, 1) and log_probs.shape == (1, 1, 10) and maps.shape == (1, 0, 49)
+
+
+class Fovea(nn.Module):
+    """A glimpse, and twice as much around it at half the sharpness."""
+
+    def __init__(self, grid, features):
+        super().__init__()
+        self.grid, self.read, self.place = grid, nn.Linear(2 * grid.glimpse**2, features), nn.Linear(2, features)
+
+    def see(self, images, locations):
+        side = self.grid.glimpse
+        wide = nn.functional.pad(images, [side // 2] * 4)
+        near, far = sense(images, locations, side), sense(wide, locations, 2 * side)
+        far = nn.functional.avg_pool2d(far.flatten(0, 2), 2).view_as(near)
+        return self.read(torch.cat([near, far], 2).flatten(2))
+
+    def at(self, c, locations):
+        return (c + self.place(self.grid.scale(locations))).tanh()
+
+
+class Gated(nn.Module):
+    """A GRU cell."""
+
+    def __init__(self, features, hidden):
+        super().__init__()
+        self.cell = nn.GRUCell(features, hidden)
+
+    def start(self, batch):
+        return torch.zeros(batch, self.cell.hidden_size)
+
+    def forward(self, f, h):
+        shape = torch.broadcast_shapes(f.shape[:-1], h.shape[:-1])
+        f, h = f.expand(*shape, f.shape[-1]), h.expand(*shape, h.shape[-1])
+        return self.cell(f.flatten(0, -2), h.flatten(0, -2)).view(h.shape)
+
+
+def _of_ones_own():
+    torch.manual_seed(0)
+    sizes = dict(classes=3, image=24, in_channels=1, channels=(8,), features=9, latent=6, hidden=10)
+    config = ModelConfig(**sizes, flow_layers=0)
+    deeper = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 3))
+    return HardAttention(config, glimpse=Fovea(config.grid, 9), recurrence=Gated(9, 10), classifier=deeper)
+
+
+@pytest.mark.slow
+def test_parts_of_ones_own_are_exported(tmp_path):
+    pytest.importorskip("torch", minversion="2.8")
+    model = _of_ones_own()
+    images = torch.randint(0, 256, (5, 1, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    folder = export_model(model, tmp_path / "own")
+    trace, (places, log_probs, maps) = both(folder, images, 4, 6, model=model)
+    assert (places == trace.candidates.numpy()).all() and (trace.candidates[0] != trace.candidates[4]).any()
+    assert np.abs(np.exp(log_probs) - trace.log_probs.exp().numpy()).max() < 1e-5
+    seen = np.isinf(maps)
+    assert np.abs(maps - trace.scores.flatten(2).numpy())[~seen].max() < 1e-5 and np.abs(maps[~seen]).max() > 1e-3
+    about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    assert (about["channels"], about["hidden"], about["latent"]) == (1, 10, 6)
+    assert 'convert("L")' in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_only_a_partial_vae_takes_its_noise(tmp_path):
+    model = _of_ones_own()
+    model.vae = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="vae is a Linear: only a PartialVAE"):
+        export_model(model, tmp_path / "new")
+    assert not list(tmp_path.iterdir())

@@ -55,21 +55,21 @@ def two_states(folder: Path) -> Run:
 
 def still_there(folder: Path) -> bool:
     """The last two states are whole, and nothing lies beside them."""
-    states = [load_tensors(folder / name)["epoch"] for name in ("state.pth", "state_before.pth")]
+    states = [load_tensors(folder / name)["epoch"] for name in ("state.safetensors", "state_before.safetensors")]
     left = {path.name for path in folder.iterdir()} - {".lock"}
-    return states == [2, 1] and left == {"config.json", "state.pth", "state_before.pth"}
+    return states == [2, 1] and left == {"config.json", "state.safetensors", "state_before.safetensors"}
 
 
 def test_a_state_that_does_not_fit_costs_none_of_the_old(tmp_path: Path) -> None:
     with two_states(tmp_path) as run, limited(50_000):
-        with pytest.raises(OSError, match=r"could not write .*state_next\.pth: File too large"):
+        with pytest.raises(OSError, match=r"could not write .*state_next\.safetensors: File too large"):
             run.keep({"epoch": torch.zeros(100_000)})
         assert still_there(tmp_path) and run.state() == {"epoch": 2}
 
 
 def test_a_full_disk_costs_none_of_the_old_states(disk: Path) -> None:
     with two_states(disk / "run") as run:
-        with pytest.raises(OSError, match=r"could not write .*state_next\.pth: No space left"):
+        with pytest.raises(OSError, match=r"could not write .*state_next\.safetensors: No space left"):
             run.keep({"epoch": torch.zeros(4_000_000)})
         assert still_there(disk / "run") and run.state() == {"epoch": 2}
 
@@ -78,14 +78,14 @@ def test_a_folder_that_became_read_only_is_named(disk: Path) -> None:
     with two_states(disk / "run") as run:
         pass
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(OSError, match=r"could not write .*state_next\.pth: Read-only"):
+    with pytest.raises(OSError, match=r"could not write .*state_next\.safetensors: Read-only"):
         run.keep({"epoch": 3})
     assert still_there(disk / "run")
     for folder in (disk / "run", disk / "new"):
         with pytest.raises(OSError, match=f"could not write to {folder}: Read-only"):
             Run(folder, {}, resume=True)
     with pytest.raises(OSError, match="could not write .*Read-only"):
-        save_tensors({"a": 1}, disk / "a.pth")
+        save_tensors({"a": 1}, disk / "a.safetensors")
 
 
 def wait_for(there: Path, process: subprocess.Popen) -> None:
@@ -114,7 +114,7 @@ def test_training_on_a_disk_that_fills_up_goes_on_where_there_is_room(disk: Path
     folder, output = disk / "run", tmp_path / "output"
     assert interrupt.start(folder, output).wait(300) == 2
     assert "No space left" in one_line(output)
-    states = list(folder.rglob("state*.pth"))
+    states = list(folder.rglob("state*.safetensors"))
     assert states and all(load_tensors(state)["history"] for state in states)
     subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
     assert interrupt.start(folder, output).wait(300) == 0, output.read_text()
@@ -125,7 +125,7 @@ def test_training_on_a_disk_that_fills_up_goes_on_where_there_is_room(disk: Path
 def test_one_folder_serves_one_process_and_may_not_vanish(tmp_path: Path) -> None:
     folder, output, other = tmp_path / "run", tmp_path / "output", tmp_path / "other"
     process = interrupt.start(folder, output)
-    wait_for(folder / "first" / "state.pth", process)
+    wait_for(folder / "first" / "state.safetensors", process)
     process.send_signal(signal.SIGSTOP)
     assert interrupt.start(folder, other).wait(400) == 2
     assert "another process is writing to" in one_line(other)
@@ -134,5 +134,5 @@ def test_one_folder_serves_one_process_and_may_not_vanish(tmp_path: Path) -> Non
     assert process.wait(400) == 2
     assert "has vanished while training" in one_line(output) or "No such file" in one_line(output)
     assert not folder.exists()
-    assert all(load_tensors(state)["history"] for state in (tmp_path / "moved").rglob("state*.pth"))
+    assert all(load_tensors(state)["history"] for state in (tmp_path / "moved").rglob("state*.safetensors"))
     assert interrupt.start(tmp_path / "moved", output).wait(300) == 0, output.read_text()

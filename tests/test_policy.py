@@ -103,7 +103,10 @@ def test_look_goes_to_the_best_place_not_seen():
 @pytest.mark.parametrize("score", [-torch.inf, torch.nan, torch.inf, 0])
 def test_no_score_leads_back_to_a_place_seen(score):
     model = HardAttention(CONFIGS["digits"])
-    same = lambda view: torch.full_like(view.seen, score, dtype=torch.float)
+
+    def same(view):
+        return torch.full_like(view.seen, score, dtype=torch.float)
+
     trace = look(model, 2 * torch.rand(3, 32, 32) - 1, same, 49)
     assert len(set(trace.candidates[0].tolist())) == 49
 

@@ -27,10 +27,8 @@ def _exact_gradient(ram, image, label):
     """Of the expected return of two looks, by the bias of `where`, over all pairs of pixels."""
     pixels = torch.cartesian_prod(torch.arange(5), torch.arange(5))
     first, second = pixels.repeat_interleave(25, 0), pixels.repeat(25, 1)
-    states = ram.model.follow(
-        ram.model.glimpse.see(image.expand(625, -1, -1, -1), torch.stack([first, second], 1)),
-        torch.stack([first, second], 1),
-    ).detach()
+    places = torch.stack([first, second], 1)
+    states = ram.model.follow(ram.model.glimpse.see(image.expand(625, -1, -1, -1), places), places).detach()
     edges = 2 * (torch.arange(6) - 0.5) / 5 - 1  # between neighbouring pixels, scaled; the outer two are open
     edges[0], edges[-1] = -1e3, 1e3
     below = torch.distributions.Normal(ram.locate(states[::25, 0])[..., None], ram.spread).cdf(edges)
@@ -129,7 +127,7 @@ def _wishing(row, column):
 @pytest.mark.parametrize("row, column", [(1, 5), (6, 2), (3, 3)])
 def test_looks_at_the_candidate_nearest_to_the_mean(row, column):
     ram = _wishing(row, column)
-    trace = look(ram.model, torch.randn(2, 3, 32, 32), ram, 4, first=torch.tensor([0, 7 * row + column]))
+    trace = look(ram.model, 2 * torch.rand(2, 3, 32, 32) - 1, ram, 4, first=torch.tensor([0, 7 * row + column]))
     assert trace.candidates[0, 1] == 7 * row + column
     steps = (trace.candidates[1, 1:, None] // torch.tensor([7, 1]) % 7 - torch.tensor([row, column])).abs().sum(-1)
     assert steps.tolist() == [1, 1, 1]
@@ -167,21 +165,21 @@ def test_wide_draws_train():
 def test_returns_are_means_of_the_rewards_that_follow():
     ram = _tiny(reward="right")
     states, labels = torch.randn(5, 4, 8), torch.ones(5, 4, dtype=torch.long)
-    right = (ram.model.classifier.linear(states).argmax(-1) == labels).float()
+    right = (ram.model.classifier.eval()(states).argmax(-1) == labels).float()
+    ram.model.train()
     wanted = torch.stack([right[:, t:].mean(1) for t in (1, 2, 3)], 1)
     assert torch.allclose(_returns(ram, states, labels), wanted) and 0 < wanted.mean() < 1
 
 
 def _train(folder, resume=False, stop_after=None):
-    def report(epoch, ram):
+    def stop(epoch, ram, record):
         if epoch == stop_after:
             raise KeyboardInterrupt
-        return {}
 
     torch.manual_seed(0)
     ram, data = RAM(HardAttention(CONFIGS["digits"])), digits("train", seed=0, size=96)
     with Run(folder, {"policy": "RAM"}, resume=resume) as run:
-        train_ram(ram, data, recipe("digits", "third", epochs=3, batch=32), run, report)
+        train_ram(ram, data, recipe("digits", "third", epochs=3, batch=32), run, [stop])
     return ram.state_dict()
 
 
@@ -191,7 +189,8 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
         _train(tmp_path / "broken", stop_after=2)
     resumed = _train(tmp_path / "broken", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    records = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "broken")]
+    files = [tmp_path / name / "history.json" for name in ("whole", "broken")]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     whole, resumed = ([{k: v for k, v in epoch.items() if k != "seconds"} for epoch in run] for run in records)
     assert whole == resumed and len(whole) == 3 and len(whole[0]["accuracy"]) == 7
 

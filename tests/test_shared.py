@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from phattn.data import digits
+from phattn.data.images import ImageSet
 from phattn.data.shared import deal
 
 
-def _as(rank: int, count: int, device: int | None = None):
+def _as(rank: int, count: int):
     """Pretend to be process `rank` of `count`."""
-    told = {"RANK": rank, "LOCAL_RANK": rank if device is None else device, "WORLD_SIZE": count}
-    told |= {"MASTER_ADDR": "nowhere", "MASTER_PORT": 0}
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "nowhere", "MASTER_PORT": 0}
     return mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()})
 
 
@@ -31,8 +31,17 @@ def test_the_batches_of_all_processes_are_those_of_one(augmented):
             assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
             assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
         assert [len(part) for part in parts] == [len(alone)] * count
-    with _as(0, 2), pytest.raises(ValueError, match="generator, drop_last: shared images come shuffled"):
-        deal(data, cpu).batches(12)
+
+
+def test_a_share_comes_shuffled_and_knows_the_whole():
+    data, cpu = digits("train", seed=1, size=50), torch.device("cpu")
     with _as(0, 2):
-        assert deal(data, cpu).fingerprint() == data.fingerprint() and deal(data, cpu).device == cpu
-    assert deal(data, cpu).images is data.images
+        shared = deal(data, cpu)
+        for how in ({}, {"drop_last": True}, {"generator": torch.Generator()}):
+            with pytest.raises(ValueError, match="generator, drop_last: shared images come shuffled"):
+                shared.batches(12, **how)
+        with pytest.raises(ValueError, match="batch must be a multiple of 2, the number of processes, got 3"):
+            shared.batches(3, generator=torch.Generator(), drop_last=True)
+        assert shared.fingerprint() == data.fingerprint() and shared.device == cpu and len(shared) == 50
+        assert torch.equal(shared[3:5].images, data.images[3:5]) and type(shared[3:5]) is type(shared.whole) is ImageSet
+    assert type(deal(data, cpu)) is ImageSet and deal(data, cpu).images is data.images

@@ -52,6 +52,11 @@ def test_shapes(side, last):
     assert network.cnn(images).shape == (2, 16, last, last) and network(images).shape == (2, 3)
 
 
+def test_grey_images():
+    network = WholeImage(replace(CONFIGS["digits"], in_channels=1)).eval()
+    assert network(torch.randn(2, 1, 32, 32)).shape == (2, 10) and network.cnn[0].in_channels == 1
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_every_parameter_has_a_gradient(bf16):
     network, images = WholeImage(CONFIGS["digits"], 16), torch.randn(4, 3, 32, 32)
@@ -62,15 +67,14 @@ def test_every_parameter_has_a_gradient(bf16):
 
 
 def _train(folder, resume=False, stop_after=None):
-    def report(epoch, model):
+    def stop(epoch, model, record):
         if epoch == stop_after:
             raise KeyboardInterrupt
-        return {}
 
     torch.manual_seed(0)
     model, data = WholeImage(CONFIGS["digits"], 16), digits("train", seed=0, size=256)
     with Run(folder, {"model": "whole image"}, resume=resume) as run:
-        train_whole_image(model, data, recipe("digits", "first", epochs=3, batch=64, augment=True), run, report)
+        train_whole_image(model, data, recipe("digits", "first", epochs=3, batch=64, augment=True), run, [stop])
     return model.state_dict()
 
 
@@ -80,7 +84,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
         _train(tmp_path / "broken", stop_after=2)
     resumed = _train(tmp_path / "broken", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    history = json.loads((tmp_path / "broken" / "history.json").read_text())
+    history = json.loads((tmp_path / "broken" / "history.json").read_text(encoding="utf-8"))
     assert len(history) == 3 and len(history[0]["accuracy"]) == 1
 
 

@@ -8,86 +8,97 @@ __all__ = ['COMMANDS', 'EvaluateOptions', 'LookOptions', 'ExportOptions', 'InfoO
 # %% ../../nbs/apps/cli.ipynb #0aabab4f
 import json
 import math
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from .compare import CompareOptions, compare
-from ..data.images import read_image
-from ..data.datasets import DATASETS
-from ..engine.distributed import rank, who, world_size
-from ..evaluation import evaluate, summary
-from .experiment import TrainOptions, choose_device, load_data, open_model, train
+from .experiment import OWN, some_data, train
 from .export import export_model
+from .models import imagines, open_model, settle
+from phattn.apps.options import (
+    SPELLED, DataOptions, Dataset, MachineOptions, Record, TestOptions, TrainOptions, choose_device
+)
+from .policies import COMPARED, Learnt, find_policy
+from ..data.datasets import DATASETS
+from ..data.images import ImageSet, read_image
+from ..engine.distributed import rank, who, world_size
+from ..engine.records import check_int
+from ..engine.runs import versions
+from ..evaluation import evaluate, summary
+from ..fast import choices
 from ..fast.memory import keep_freed_memory
 from ..model import HardAttention, pretrained
 from ..plots import animate_look, plot_look, save_figure
-from ..policy import EIG, POLICIES, look
-from ..engine.runs import versions
+from ..policy import EIG, POLICIES, Policy, look
 
 # %% ../../nbs/apps/cli.ipynb #eb16954d
-@dataclass(frozen=True)
-class EvaluateOptions:
+_T = Annotated[int, tyro.conf.arg(name=SPELLED["looks"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(TestOptions, MachineOptions, DataOptions):
     """Test a model with every policy.
 
     Args:
         model: a pretrained name, a .safetensors file, or a run folder.
         dataset: the images to test on; those the model was trained on when not given.
-        datapath: folder of the data sets.
+        looks: glimpses per image.
         seeds: of the first looks; the numbers are means over them.
-        T: glimpses per image.
-        batchv: images at a time.
-        device: auto, cpu, cuda, mps …
+        policies: names, or MODULE:FUNCTION for your own; when not given, random, centre-out, eig and oracle.
         json: print one JSON object and nothing else.
     """
 
     model: Positional[str] = "digits"
-    dataset: str | None = None
-    datapath: Path = Path("data")
+    dataset: Dataset | None = None
+    looks: _T = 7
     seeds: tuple[int, ...] = (0,)
-    T: int = 7
-    batchv: int = 64
-    device: str = "auto"
+    policies: tuple[str, ...] | None = None
     json: bool = False
 
 # %% ../../nbs/apps/cli.ipynb #d4daa524
-@dataclass(frozen=True)
-class LookOptions:
+@dataclass(frozen=True, kw_only=True)
+class LookOptions(MachineOptions):
     """Show a model looking at an image: where it looked, why, and what it made of it.
 
     Args:
         image: any image file; its middle square is scaled to the size that the model takes.
         out: the picture to write: .png, .svg, .pdf, or .gif for an animation.
         model: a pretrained name, a .safetensors file, or a run folder.
-        T: glimpses.
+        looks: glimpses.
         samples: imaginations per decision; more make a steadier map and take longer.
         stop_below: stop when the best place promises less than this, in nats.
         seed: of the first look and the imaginations.
-        device: auto, cpu, cuda, mps …
     """
 
     image: Positional[Path]
     out: Path = Path("look.png")
     model: str = "digits"
-    T: int = 7
+    looks: _T = 7
     samples: int = 20
     stop_below: float | None = None
     seed: int = 0
-    device: str = "auto"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("samples", self.samples)
+        if self.stop_below is not None and math.isnan(self.stop_below):
+            raise ValueError("stop_below must be a number of nats, got nan")
 
-@dataclass(frozen=True)
-class ExportOptions:
+# %% ../../nbs/apps/cli.ipynb #642dcf82
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Record):
     """Write a model as files for torch.export and ONNX that run without this package.
 
     Args:
@@ -103,9 +114,9 @@ class ExportOptions:
     onnx: bool = True
 
 
-@dataclass(frozen=True)
-class InfoOptions:
-    """Say what is installed and which models there are; or, of one model, what it is.
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions(MachineOptions):
+    """Say what is installed and which models there are; or, of one model, what it is and what makes it faster here.
 
     Args:
         model: a pretrained name, a .safetensors file, or a run folder.
@@ -114,50 +125,52 @@ class InfoOptions:
     model: Positional[str | None] = None
 
 # %% ../../nbs/apps/cli.ipynb #7d5d34dd
-def _evaluate(options: EvaluateOptions) -> None:
-    device = choose_device(options.device)
-    model = open_model(options.model)
-    dataset = options.dataset or model.about.get("dataset")
-    if dataset is None:
+def _test_images(options: EvaluateOptions, model: HardAttention) -> tuple[str, ImageSet]:
+    """The data set and its test images, as the model takes them."""
+    config, dataset = model.config, options.dataset or model.about.get("dataset")
+    if dataset not in DATASETS:
         raise ValueError(f"{options.model} does not say what it was trained on: give --dataset")
-    size = model.config.image if dataset == "folder" else None
-    test = load_data(TrainOptions(dataset=dataset, datapath=options.datapath, size=size), "test")
-    policies = {name: policy for name, policy in POLICIES.items() if name != "eig" or _imagines(model)}
-    results = evaluate(model.to(device), test, policies, options.T, seeds=options.seeds, batch=options.batchv)
+    options, size = replace(options, dataset=dataset), config.image if dataset in OWN else None
+    return dataset, some_data(options, "test", size, config.in_channels, options.test_images)
+
+
+def _policies(options: EvaluateOptions, model: HardAttention) -> dict[str, Policy]:
+    """The policies that options name, or those that need nothing but the model."""
+    if options.policies is None:
+        return {name: policy for name, policy in POLICIES.items() if name != "eig" or imagines(model)}
+    found = {name: find_policy(name, POLICIES | COMPARED) for name in options.policies}
+    for name, policy in found.items():
+        if isinstance(policy, Learnt):
+            raise ValueError(f"policies: {name!r} is learnt from the training images first: phattn compare does that")
+    return found
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    model = open_model(options.model)
+    (dataset, test), policies = _test_images(options, model), _policies(options, model)
+    settle(model, options.device, options.fast)
+    results = evaluate(model, test, policies, options.looks, seeds=options.seeds, batch=options.batchv)
     if options.json:
         print(json.dumps({"dataset": dataset, "seeds": list(options.seeds), "policies": results}))
         return
     print(f"{options.model} on {len(test)} test images of {dataset}\n{summary(results)}")
 
-
-def _imagines(model: HardAttention) -> bool:
-    return model.about.get("phases") != "first"
-
-
+# %% ../../nbs/apps/cli.ipynb #cf98333b
 def _look(options: LookOptions) -> None:
-    if options.stop_below is not None and math.isnan(options.stop_below):
-        raise ValueError("stop_below must be a number of nats, got nan")
     model = open_model(options.model)
-    if not _imagines(model):
+    if not imagines(model):
         raise ValueError(f"{options.model} has not learnt to imagine yet, so it can't choose: train the second phase")
-    image = read_image(options.image, model.config.image)
-    generator = torch.Generator().manual_seed(options.seed)
-    trace = look(
-        model.to(choose_device(options.device)),
-        image,
-        EIG(options.samples),
-        options.T,
-        generator=generator,
-        stop_below=options.stop_below,
-    )
+    image, policy = read_image(options.image, model.config.image, model.config.in_channels), EIG(options.samples)
+    settle(model, options.device, options.fast)
+    how = dict(generator=torch.Generator().manual_seed(options.seed), stop_below=options.stop_below)
+    trace = look(model, image, policy, options.looks, **how)
     names = model.config.names
     if options.out.suffix.lower() == ".gif":
         animate_look(image, trace, model.grid, options.out, names=names)
     else:
         save_figure(plot_look(image, trace, model.grid, names=names), options.out)
-    answer = int(trace.predictions[0, -1])
+    answer, looks = int(trace.predictions[0, -1]), int(trace.looks[0])
     sure = trace.log_probs[0, -1, answer].exp()
-    looks = int(trace.looks[0])
     print(f"{names[answer] if names else answer} ({sure:.0%} sure after {looks} looks); picture in {options.out}")
 
 # %% ../../nbs/apps/cli.ipynb #4bb05487
@@ -169,19 +182,31 @@ def _export(options: ExportOptions) -> None:
 
 def _info(options: InfoOptions) -> None:
     if options.model is None:
-        for name, value in versions().items():
-            print(f"{name:14s}{value}")
-        print(f"{'default':14s}{choose_device()}")
-        print(f"{'data sets':14s}{', '.join(DATASETS)}")
-        print(f"{'pretrained':14s}{', '.join(pretrained()) or 'none'}")
+        about = versions() | {"default": str(choose_device())}
+        about |= {"data sets": ", ".join(DATASETS), "pretrained": ", ".join(pretrained()) or "none"}
+        print(_lines(about))
         return
     model = open_model(options.model)
-    for name, value in model.about.items():
-        print(f"{name:14s}{value}")
+    about = dict(model.about)
     for name in ("glimpse", "recurrence", "classifier", "vae"):
-        part = sum(parameter.numel() for parameter in getattr(model, name).parameters())
-        print(f"{name:14s}{part:,} parameters")
-    print(model.config)
+        about[name] = f"{sum(parameter.numel() for parameter in getattr(model, name).parameters()):,} parameters"
+    print(f"{_lines(about)}\n{model.config}")
+    if options.fast:
+        print(_lines({"faster here": "\n".join(_chosen(model, options.device)) or "nothing"}))
+
+
+def _lines(about: dict[str, str]) -> str:
+    return "\n".join(f"{name:14s}" + value.replace("\n", "\n" + 14 * " ") for name, value in about.items())
+
+
+def _chosen(model: HardAttention, device: str) -> list[str]:
+    """What is faster on this machine than the plain parts, when a model looks at one image and at 64."""
+    settle(model, device)
+    config = model.config
+    for count in (1, 64):
+        images = torch.zeros(count, config.in_channels, config.image, config.image, dtype=torch.uint8)
+        look(model, images, EIG(20) if imagines(model) else POLICIES["random"], 2)
+    return [str(choice) for choice in choices()]
 
 # %% ../../nbs/apps/cli.ipynb #2053a589
 def _train(options: TrainOptions) -> None:
@@ -193,10 +218,10 @@ def _train(options: TrainOptions) -> None:
 
 def _compare(options: CompareOptions) -> None:
     folder = compare(options)
-    print((folder / "table.md").read_text())
+    print((folder / "table.md").read_text(encoding="utf-8"))
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type[Record], Callable[[Any], None]]] = {
     "train": (TrainOptions, _train),
     "evaluate": (EvaluateOptions, _evaluate),
     "compare": (CompareOptions, _compare),
@@ -211,7 +236,7 @@ def _split(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--") else [word]
 
 # %% ../../nbs/apps/cli.ipynb #2683dfd0
-def _parse(words: list[str]) -> object:
+def _parse(words: list[str]) -> Record:
     said = StringIO()
     try:
         with redirect_stderr(said):
@@ -222,9 +247,9 @@ def _parse(words: list[str]) -> object:
                 args=words,
             )
     except SystemExit as stop:
-        if stop.code:
-            print(f"phattn: {_one_line(said.getvalue())}", file=sys.stderr)
-        raise
+        if not stop.code:  # help
+            raise
+    raise ValueError(_one_line(said.getvalue()))
 
 
 def _one_line(box: str) -> str:
@@ -233,7 +258,8 @@ def _one_line(box: str) -> str:
     if len(rules) < 2:
         return " ".join(box.split())
     body, rest = lines[rules[0] + 1 : rules[1]], lines[rules[1] :]  # the title is on the first rule, or above it
-    parts = [" ".join(body).rstrip("."), *(line for line in rest if line.startswith("Available"))]
+    text = re.sub(r"^Error parsing \S+: ", "", " ".join(body).rstrip("."))  # what a record says, as it says it
+    parts = [text, *(line for line in rest if line.startswith("Available"))]
     if "Perhaps you meant:" in rest:
         parts.append(f"perhaps you meant {rest[rest.index('Perhaps you meant:') + 1]}")
     return "; ".join([*parts, "see phattn --help"])
@@ -257,7 +283,7 @@ def _sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-
+# %% ../../nbs/apps/cli.ipynb #86d9eec8
 def main(words: list[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for an error that the user can mend, 130 or 143 when stopped."""
     words = [part for word in (sys.argv[1:] if words is None else words) for part in _split(word)]
@@ -267,16 +293,20 @@ def main(words: list[str] | None = None) -> int:
             options = _parse(words)
             if world_size() > 1 and not isinstance(options, TrainOptions):
                 raise ValueError("only train runs in several processes: start this command without torchrun")
-            run = next(run for record, run in COMMANDS.values() if isinstance(options, record))
+            run = next(run for record, run in COMMANDS.values() if type(options) is record)
             run(options)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         ours = isinstance(error, OSError) and error.strerror and error.filename is None
-        print(f"phattn: {who()}{' '.join(str(error.strerror if ours else error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error.strerror if ours else error))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        cure = "a smaller --batch or --batchv needs less"
-        print(f"phattn: {who()}out of memory; {cure} ({error!s:.80})", file=sys.stderr)
-        return 2
+        return _refuse(f"out of memory; a smaller --batch or --batchv needs less ({error!s:.80})")
     except KeyboardInterrupt as stop:
         return 143 if isinstance(stop, Terminated) else 130
     return 0
+
+
+def _refuse(text: str) -> int:
+    for field, option in SPELLED.items():
+        text = re.sub(rf"^{field} must", f"{option} must", text)
+    print(f"phattn: {who()}{' '.join(text.split())}", file=sys.stderr)
+    return 2

@@ -13,34 +13,38 @@ from copy import deepcopy
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..fast.convolution import library_convolutions
 from ..engine.files import write_whole
-from ..model import HardAttention, ModelConfig
-from ..policy import expected_information_gain
 from ..engine.runs import versions
+from ..fast import plain
+from ..glimpse import GlimpseNetwork
+from ..model import HardAttention
+from ..partial_vae import PartialVAE
+from ..policy import expected_information_gain
 
 # %% ../../nbs/apps/export.ipynb #dd2cc5a7
 class Glimpse(nn.Module):
-    """F: what a glimpse says."""
+    """F: what is seen at a place."""
 
-    def __init__(self, model: HardAttention):
+    def __init__(self, model: HardAttention) -> None:
         super().__init__()
         self.network = model.glimpse
 
-    def forward(self, pixels: Tensor, location: Tensor) -> Tensor:
-        """Pixels B×3×g×g in [-1, 1] and their location B×2 (row, column; pixels, int64) -> f, B×nf."""
-        return self.network(pixels, location)
+    def forward(self, images: Tensor, location: Tensor) -> Tensor:
+        """Images B×C×H×W in [-1, 1] and a location in each, B×2 (row, column; pixels, int64) -> f, B×nf."""
+        location = location[:, None]
+        return self.network.at(self.network.see(images, location), location)[:, 0]
 
 
 class Belief(nn.Module):
     """R and C: what is believed after a glimpse."""
 
-    def __init__(self, model: HardAttention):
+    def __init__(self, model: HardAttention) -> None:
         super().__init__()
         self.recurrence, self.classifier = model.recurrence, model.classifier
 
@@ -53,36 +57,44 @@ class Belief(nn.Module):
 class Gain(nn.Module):
     """S, D and a look ahead: the expected information gain of every place."""
 
-    def __init__(self, model: HardAttention):
+    def __init__(self, model: HardAttention) -> None:
         super().__init__()
+        if not isinstance(model.vae, PartialVAE):
+            kind = type(model.vae).__name__
+            raise ValueError(f"vae is a {kind}: only a PartialVAE, with any flow, takes its noise as an input")
         self.model = deepcopy(model)
-        self.model.glimpse.cnn = nn.Identity()
+        if isinstance(self.model.glimpse, GlimpseNetwork):
+            self.model.glimpse.cnn = nn.Identity()
 
     def forward(self, h: Tensor, log_probs: Tensor, seen: Tensor, noise: Tensor) -> Tensor:
         """State B×nh, log p(y|h) B×classes, places seen bool B×N, normal noise P×B×nz -> EIG B×N, nats; seen: -inf."""
-        context, mean, log_variance = self.model.vae.encoder(h)
-        z, _ = self.model.vae.flow(mean + noise * (0.5 * log_variance).exp(), context)
-        scores = expected_information_gain(self.model, self.model.vae.decoder(z), h, log_probs, together=True)
+        vae = self.model.vae
+        features = vae.decoder(vae.push(noise, *vae.encoder(h))[0])
+        scores = expected_information_gain(self.model, features, h, log_probs)
         lowest = torch.finfo(torch.float).min  # as in `look`: finite, so that no score ties with a place that is masked
         return scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(seen, -torch.inf)
 
 
 def parts(model: HardAttention) -> dict[str, nn.Module]:
-    """The three parts of a model, in eval mode on the CPU; the model is left as it is."""
-    model = deepcopy(model).cpu().eval()
+    """The three parts of a model, plain and in eval mode on the CPU; the model is left as it is."""
+    model = plain(deepcopy(model)).cpu().eval()
     return {"glimpse": Glimpse(model), "belief": Belief(model), "gain": Gain(model)}
 
 # %% ../../nbs/apps/export.ipynb #a7c963dd
-def _examples(config: ModelConfig, batch: int = 2, samples: int = 3) -> dict[str, dict[str, Tensor]]:
-    h, side = torch.zeros(batch, config.hidden), config.glimpse
+@torch.no_grad()
+def _examples(model: HardAttention, batch: int = 2, samples: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Inputs of each part, by name."""
+    config, h = model.config, model.recurrence.start(batch).cpu()
+    images = torch.zeros(batch, config.in_channels, config.image, config.image)
+    latent = deepcopy(model.vae.encoder).cpu()(h)[1].shape[-1]
     return {
-        "glimpse": {"pixels": torch.zeros(batch, 3, side, side), "location": torch.zeros(batch, 2, dtype=torch.long)},
+        "glimpse": {"images": images, "location": torch.zeros(batch, 2, dtype=torch.long)},
         "belief": {"f": torch.zeros(batch, config.features), "h": h},
         "gain": {
             "h": h,
             "log_probs": torch.zeros(batch, config.classes).log_softmax(-1),
             "seen": torch.zeros(batch, config.grid.count, dtype=torch.bool),
-            "noise": torch.zeros(samples, batch, config.latent),
+            "noise": torch.zeros(samples, batch, latent),
         },
     }
 
@@ -91,7 +103,7 @@ def record(part: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedP
     """Record a part as a graph whose batch, and P of its `noise`, are free. Inputs: examples by name, in order."""
     batch, samples = (torch.export.Dim(name, max=2**20) for name in ("batch", "samples"))  # 2.6 needs a bound
     free = {name: {0: samples, 1: batch} if name == "noise" else {0: batch} for name in inputs}
-    with torch.no_grad(), library_convolutions():
+    with torch.no_grad():
         return torch.export.export(part, tuple(inputs.values()), dynamic_shapes=free, strict=False)
 
 # %% ../../nbs/apps/export.ipynb #37222ecd
@@ -115,7 +127,7 @@ def _onnx_bytes(program: torch.export.ExportedProgram, outputs: list[str]) -> by
     return proto.SerializeToString()
 
 # %% ../../nbs/apps/export.ipynb #4ebb8600
-def open_parts(folder, threads=0):
+def open_parts(folder: str | PathLike, threads: int = 0) -> dict[str, Any]:
     """Open the parts in an exported folder with onnxruntime; `threads` = 0 takes all there are."""
     import onnxruntime
 
@@ -128,12 +140,19 @@ def open_parts(folder, threads=0):
     return opened
 
 # %% ../../nbs/apps/export.ipynb #c50f168d
-def look_with(opened, images, looks=7, first=None, noise=None, seed=0):
+def look_with(
+    opened: dict[str, Any],
+    images: np.ndarray,
+    looks: int = 7,
+    first: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Look at images with opened parts.
 
     Args:
         opened: from `open_parts`.
-        images: uint8, B×3×H×W or one image 3×H×W.
+        images: uint8, B×C×H×W or one image C×H×W.
         looks: T, from 1 to the number of candidates.
         first: candidates to look at first, int, B; drawn when not given.
         noise: float32 (T-1)×P×B×nz, standard normal; drawn when not given, with the P of model.json.
@@ -153,44 +172,37 @@ def look_with(opened, images, looks=7, first=None, noise=None, seed=0):
     seen = np.zeros((len(images), len(places)), bool)
     trace, maps = [], [np.zeros((0, *seen.shape), np.float32)]
     for t in range(looks):
-        h, log_probs = _see(opened, images, places[place], h)
+        (f,) = opened["glimpse"].run(None, {"images": images, "location": places[place]})
+        h, log_probs = opened["belief"].run(None, {"f": f, "h": h})
         seen[np.arange(len(images)), place] = True
         trace.append((place, log_probs))
         if t + 1 < looks:
             shape = (about["samples"], len(images), about["latent"])
             draw = random.standard_normal(shape, np.float32) if noise is None else noise[t]
-            maps += opened["gain"].run(None, {"h": h, "log_probs": log_probs, "seen": seen, "noise": draw})
-            place = maps[-1].argmax(1)
-    maps[1:] = [one[None] for one in maps[1:]]
+            (scores,) = opened["gain"].run(None, {"h": h, "log_probs": log_probs, "seen": seen, "noise": draw})
+            maps.append(scores[None])
+            place = scores.argmax(1)
     return *(np.stack(one, 1) for one in zip(*trace)), np.concatenate(maps).swapaxes(0, 1)
 
 # %% ../../nbs/apps/export.ipynb #a9e327a9
-def _checked(about, images, looks):
+def _checked(about: dict[str, Any], images: np.ndarray, looks: int) -> tuple[np.ndarray, np.ndarray]:
     images = images[None] if images.ndim == 3 else images
-    side, places = about["image"], np.array(about["candidates"], np.int64)
-    if images.dtype != np.uint8 or images.shape[1:] != (3, side, side):
-        raise ValueError(f"images must be uint8 B×3×{side}×{side}, got {images.dtype} {images.shape}")
+    shape, places = (about["channels"], about["image"], about["image"]), np.array(about["candidates"], np.int64)
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise ValueError(f"images must be uint8 B×{'×'.join(map(str, shape))}, got {images.dtype} {images.shape}")
     if not 1 <= looks <= len(places):
         raise ValueError(f"looks must be from 1 to {len(places)}, the number of candidates, got {looks}")
-    return images, places
+    return images.astype(np.float32) / 127.5 - 1, places
 
 
-def _first(first, batch, count, random):
+def _first(first: np.ndarray | None, batch: int, count: int, random: np.random.Generator) -> np.ndarray:
     place = random.integers(count, size=batch) if first is None else np.asarray(first)
     if place.shape != (batch,) or not ((place >= 0) & (place < count)).all():
         raise ValueError(f"first must hold {batch} candidates from 0 to {count - 1}, got {place}")
     return place
 
 
-def _see(opened, images, corners, h):
-    side = opened["about"]["glimpse"]
-    cut = [image[:, row : row + side, column : column + side] for image, (row, column) in zip(images, corners)]
-    pixels = np.stack(cut).astype(np.float32) / 127.5 - 1
-    (f,) = opened["glimpse"].run(None, {"pixels": pixels, "location": corners})
-    return opened["belief"].run(None, {"f": f, "h": h})
-
-
-def tell(folder, path):
+def tell(folder: str | PathLike, path: str | PathLike) -> None:
     """Print what the model in a folder makes of the images in a .npy file, and where it looked."""
     opened = open_parts(folder)
     names = opened["about"]["names"]
@@ -201,14 +213,16 @@ def tell(folder, path):
         print(f"{names[answer] if names else answer}, {np.exp(last[answer]):.0%} sure; looked at {corners}")
 
 # %% ../../nbs/apps/export.ipynb #62449280
-_LOOK = '''"""Look at images with the model in this folder: python look.py IMAGES.npy (uint8, Bx3xHxW or 3xHxW).
+_LOOK = '''"""Look at images with the model in this folder: python look.py IMAGES.npy (uint8, BxCxHxW or CxHxW).
 
 Needs numpy and onnxruntime. In a program: `look_with(open_parts(folder), images)`.
 """
 
 import json
 import sys
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -223,23 +237,24 @@ if __name__ == "__main__":
 
 
 def _look_source() -> str:
-    functions = (open_parts, look_with, _checked, _first, _see, tell)
+    functions = (open_parts, look_with, _checked, _first, tell)
     return _LOOK.format(functions="\n\n".join(inspect.getsource(function) for function in functions))
 
 # %% ../../nbs/apps/export.ipynb #6a61a4d1
-def _about(model: HardAttention, samples: int) -> dict:
+def _about(model: HardAttention, samples: int, examples: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     config, grid = model.config, model.grid
     return {
         "image": grid.image,
+        "channels": config.in_channels,
         "glimpse": grid.glimpse,
         "stride": grid.stride,
         "candidates": grid.candidates().tolist(),
-        "pixels": "RGB, uint8 / 127.5 - 1",
+        "pixels": f"{'RGB' if config.in_channels == 3 else 'grey'}, uint8 / 127.5 - 1",
         "classes": config.classes,
         "names": list(config.names),
         "features": config.features,
-        "hidden": config.hidden,
-        "latent": config.latent,
+        "hidden": examples["gain"]["h"].shape[-1],
+        "latent": examples["gain"]["noise"].shape[-1],
         "samples": samples,
         "model": model.about,
         "versions": {name: held for name, held in versions().items() if name in ("phattn", "commit", "torch")},
@@ -252,27 +267,30 @@ Made by `phattn export`. Each part is a function of tensors; B, the batch, and P
 
 | part | takes | gives |
 |---|---|---|
-| glimpse | pixels float32 B×3×{g}×{g}, location int64 B×2 (row, column of the top-left pixel) | f B×{nf} |
-| belief | f B×{nf}, h B×{nh} (zeros before the first look) | next_h B×{nh}, log_probs B×{classes} |
-| gain | h B×{nh}, log_probs B×{classes}, seen bool B×{count}, noise P×B×{nz} (standard normal) | {what} |
+| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column; top left) | f B×{features} |
+| belief | f B×{features}, h B×{hidden} (zeros before the first look) | next_h B×{hidden}, log_probs B×{classes} |
+| gain | h B×{hidden}, log_probs B×{classes}, seen bool B×{count}, {noise} | {what} |
 
-Pixels are RGB, uint8 / 127.5 - 1. `model.json` lists the {count} candidates and all sizes.{usage}
+Pixels are {pixels}. `model.json` lists the {count} candidates and all sizes.{usage}
 The `.pt2` files: `torch.export.load("gain.pt2").module()(h, log_probs, seen, noise)`; they need PyTorch, not phattn.
 """
 _USAGE = """
 
-`python look.py IMAGES.npy` looks at images (uint8 B×3×{side}×{side}) with the `.onnx` files; `look.py` needs numpy and
+`python look.py IMAGES.npy` looks at images (uint8 B×{channels}×{image}×{image}) with the `.onnx` files; `look.py` needs numpy and
 onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a picture:
 
-    np.asarray(PIL.Image.open(path).convert("RGB").resize(({side}, {side}))).transpose(2, 0, 1)
+    np.asarray(PIL.Image.open(path).convert("{mode}").resize(({image}, {image}))).{turn}
 """
 
 
-def _readme(config: ModelConfig, onnx: bool) -> str:
-    usage = _USAGE.format(side=config.image) if onnx else ""
-    sizes = dict(g=config.glimpse, nf=config.features, nh=config.hidden, nz=config.latent, count=config.grid.count)
-    what = f"scores B×{config.grid.count}: expected information gain in nats, -inf where seen"
-    return _README.format(classes=config.classes, what=what, usage=usage, **sizes)
+def _readme(about: dict[str, Any], onnx: bool) -> str:
+    grey = dict(mode="L", turn=f"reshape(1, {about['image']}, {about['image']})")
+    how = dict(mode="RGB", turn="transpose(2, 0, 1)") if about["channels"] == 3 else grey
+    usage = _USAGE.format(**about, **how) if onnx else ""
+    count = len(about["candidates"])
+    what = f"scores B×{count}: expected information gain in nats, -inf where seen"
+    noise = f"noise P×B×{about['latent']} (standard normal)"
+    return _README.format(**about, count=count, noise=noise, what=what, usage=usage)
 
 # %% ../../nbs/apps/export.ipynb #1bb42b23
 def export_model(model: HardAttention, folder: str | PathLike, samples: int = 20, onnx: bool = True) -> Path:
@@ -288,7 +306,8 @@ def export_model(model: HardAttention, folder: str | PathLike, samples: int = 20
         The folder: {glimpse, belief, gain}.pt2 and .onnx, look.py, README.md and, written last, model.json.
 
     Raises:
-        ValueError: for samples under 1, a model that has not learnt to imagine, or `onnx` without what it needs.
+        ValueError: for samples under 1, a model that has not learnt to imagine or whose imagination is no PartialVAE,
+            or `onnx` without what it needs.
         FileExistsError: if the folder holds anything.
     """
     folder = Path(folder)
@@ -318,14 +337,16 @@ def _check_onnx() -> None:
 
 
 def _contents(model: HardAttention, samples: int, onnx: bool) -> dict[str, bytes]:
-    contents, examples = {}, _examples(model.config)
-    for name, part in parts(model).items():
+    contents, written = {}, parts(model)
+    examples = _examples(model)
+    for name, part in written.items():
         program = record(part, examples[name])
         contents[f"{name}.pt2"] = _pt2_bytes(program)
         if onnx:
             contents[f"{name}.onnx"] = _onnx_bytes(program, _OUTPUTS[name])
     if onnx:
         contents["look.py"] = _look_source().encode()
-    contents["README.md"] = _readme(model.config, onnx).encode()
-    contents["model.json"] = json.dumps(_about(model, samples), indent=1, ensure_ascii=False).encode()
+    about = _about(model, samples, examples)
+    contents["README.md"] = _readme(about, onnx).encode()
+    contents["model.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode()
     return contents

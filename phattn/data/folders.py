@@ -172,7 +172,7 @@ def npz(
     stem = datapath / f".phattn-npz-{split}{'' if size is None else f'-{size}px'}"
     return decode_once(stem, fingerprint(*both, *(names or ())), plan, channels)
 
-
+# %% ../../nbs/data/folders.ipynb #e0a94b6f
 def npz_size(datapath: Path) -> int:
     """Side in pixels of the images in `datapath`/train.npz; errors as `npz`."""
     return _arrays(_npz_file(datapath, "train"))[0].shape[-1]

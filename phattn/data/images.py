@@ -83,9 +83,9 @@ def _check_labels(labels: Tensor, images: Tensor, names: tuple[str, ...]) -> Non
     if low < 0 or high >= len(names):
         raise ValueError(f"labels must be from 0 to {len(names) - 1} ({len(names)} names), got {low} to {high}")
 
-# %% ../../nbs/data/images.ipynb #63defab2
-class _Resident:
-    """Images and labels that live on a device and are cut into batches there."""
+# %% ../../nbs/data/images.ipynb #58b0c7e2
+class _Described:
+    """Images, labels and names of classes, and what they say of themselves."""
 
     images: Tensor
     labels: Tensor
@@ -94,13 +94,38 @@ class _Resident:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: str | torch.device) -> "ImageSet":
-        """The same set on `device`."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.names)
+    def __repr__(self) -> str:
+        images = f"{len(self):,} {'grey ' if self.channels == 1 else ''}images of {self.size}×{self.size}"
+        return f"ImageSet({images}, {self.classes} classes, on {self.images.device})"
 
-    def grey(self) -> "ImageSet":
-        """The same set in grey; one that is grey already stays as it is."""
-        return ImageSet(grey(self.images) if self.images.shape[1] == 3 else self.images, self.labels, self.names)
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 3 in colour, 1 in grey."""
+        return self.images.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.images.device
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def fingerprint(self) -> str:
+        """What tells this set from another: a digest of all labels and of about 64 of the images."""
+        some = self.images[:: max(1, len(self) // 64)]
+        return sha256(b"".join(part.cpu().numpy().tobytes() for part in (self.labels, some))).hexdigest()[:16]
+
+# %% ../../nbs/data/images.ipynb #63defab2
+class _Batched(_Described):
+    """Images and labels that are cut into batches on their device."""
 
     def batches(
         self, size: int, *, generator: torch.Generator | None = None, augment: bool = False, drop_last: bool = False
@@ -130,7 +155,7 @@ class _Resident:
 
 # %% ../../nbs/data/images.ipynb #068ff644
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageSet(_Resident):
+class ImageSet(_Batched):
     """Labelled square images in one tensor.
 
     Args:
@@ -151,9 +176,13 @@ class ImageSet(_Resident):
         check_pictures(self.images)
         _check_labels(self.labels, self.images, self.names)
 
-    def __repr__(self) -> str:
-        images = f"{len(self):,} {'grey ' if self.channels == 1 else ''}images of {self.size}×{self.size}"
-        return f"ImageSet({images}, {self.classes} classes, on {self.images.device})"
+    def to(self, device: str | torch.device) -> "ImageSet":
+        """The same set on `device`."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.names)
+
+    def grey(self) -> "ImageSet":
+        """The same set in grey; one that is grey already stays as it is."""
+        return ImageSet(grey(self.images) if self.channels == 3 else self.images, self.labels, self.names)
 
     def __getitem__(self, index: slice | Tensor) -> "ImageSet":
         """The images that `index` picks: a slice, or a 1-D tensor of int64 or of bool."""
@@ -162,31 +191,6 @@ class ImageSet(_Resident):
             what = "a slice or a 1-D tensor of int64 or bool (for one image [i:i+1])"
             raise TypeError(f"index must be {what}, got {getattr(index, 'dtype', type(index).__name__)}")
         return ImageSet(self.images[index], self.labels[index], self.names)
-
-    @property
-    def size(self) -> int:
-        """Side of the images, in pixels."""
-        return self.images.shape[-1]
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images: 3 in colour, 1 in grey."""
-        return self.images.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-        return self.images.device
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.names)
-
-    def fingerprint(self) -> str:
-        """What tells this set from another: a digest of all labels and of about 64 of the images."""
-        some = self.images[:: max(1, len(self) // 64)]
-        return sha256(b"".join(part.cpu().numpy().tobytes() for part in (self.labels, some))).hexdigest()[:16]
 
 # %% ../../nbs/data/images.ipynb #e71b3a92
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['Reward', 'to_pixels', 'RAM', 'ram_loss', 'train_ram']
 
 # %% ../../nbs/rivals/ram.ipynb #0bfa0a20
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..data.images import ImageSet
-from ..glimpse import Grid
-from ..engine.loop import Loss, Phase, Recipe, learn
-from ..model import HardAttention
-from ..policy import View
+from ..engine.loop import Callback, Loss, learn
 from ..engine.runs import Run
-from ..training import check, prepare
+from ..glimpse import Grid
+from ..model import HardAttention, evaluating
+from ..policy import View
+from ..training import Phase, Recipe, check, prepare
 
 # %% ../../nbs/rivals/ram.ipynb #123b6df3
 def to_pixels(grid: Grid, places: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class RAM(nn.Module):
     Reference: V. Mnih, N. Heess, A. Graves, K. Kavukcuoglu, NeurIPS 2014, https://arxiv.org/abs/1406.6247.
     """
 
-    def __init__(self, model: HardAttention, spread: float = 0.2, reward: Reward = "log-likelihood"):
+    def __init__(self, model: HardAttention, spread: float = 0.2, reward: Reward = "log-likelihood") -> None:
         super().__init__()
         if not 0 < spread < float("inf"):
             raise ValueError(f"spread must be positive, got {spread}")
@@ -102,8 +102,8 @@ def _explore(ram: RAM, images: Tensor, looks: int) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/rivals/ram.ipynb #36f16269
 def _returns(ram: RAM, states: Tensor, labels: Tensor) -> Tensor:
     """Mean reward of the answers after each choice: states B×T×nh, labels B×T -> B×(T-1)."""
-    with torch.no_grad():
-        log_probs = ram.model.classifier.linear(states).float().log_softmax(-1)  # without dropout, which is but noise
+    with evaluating(ram.model.classifier):  # without dropout, which is but noise
+        log_probs = ram.model.classifier(states).float().log_softmax(-1)
         if ram.reward == "right":
             rewards = (log_probs.argmax(-1) == labels).float()[:, 1:]
         else:
@@ -140,13 +140,14 @@ def train_ram(
     data: ImageSet,
     recipe: Recipe,
     run: Run | None = None,
-    report: Callable[[int, RAM], dict[str, Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Train a RAM in place, by a recipe with at least two looks.
 
     Args:
         ram: on the device to train on.
-        data, run, report: as for `phattn.engine.loop.learn`.
+        data: training images.
+        run, callbacks: as for `phattn.engine.loop.learn`.
         recipe: how. Its phase says what learns beside the choice of places: "first" F, R and C from nothing, "second"
             nothing else, "third" F, R and C with the statistics of BatchNorm kept.
 
@@ -161,5 +162,6 @@ def train_ram(
         raise ValueError(f"looks must be at least 2, got {recipe.looks}: the first place is drawn, not chosen")
     parameters = _learners(ram, recipe.phase)
     if recipe.compile:
-        ram.model.glimpse.cnn.compile()
-    return learn(ram, ram_loss, parameters, data, recipe, run, report)
+        ram.model.glimpse.compile()
+    batches = data.shuffled(recipe.batch, augment=recipe.augment)
+    return learn(ram, ram_loss, batches, recipe, parameters=parameters, run=run, callbacks=callbacks)

@@ -7,21 +7,21 @@ __all__ = ['WholeImage', 'matching_width', 'whole_image_loss', 'train_whole_imag
 
 # %% ../../nbs/rivals/whole_image.ipynb #17dfdb01
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..engine.cost import multiply_accumulates
-from ..evaluation import looking_cost
 from ..data.images import ImageSet, normalise
-from ..glimpse import Grid
-from ..engine.loop import Loss, Recipe, learn
-from ..model import ModelConfig, evaluating
+from ..engine.cost import multiply_accumulates
+from ..engine.loop import Callback, Loss, learn
 from ..engine.runs import Run
-from ..training import check
+from ..evaluation import looking_cost
+from ..glimpse import Grid
+from ..model import ModelConfig, evaluating
+from ..training import Recipe, check
 
 # %% ../../nbs/rivals/whole_image.ipynb #7e44959b
 def _convolve(before: int, after: int) -> list[nn.Module]:
@@ -32,14 +32,14 @@ class WholeImage(nn.Module):
     """A plain convolutional network that sees the whole image.
 
     Args:
-        config: of the model that it stands beside; it gives the image's side and the classes.
+        config: of the model that it stands beside; it gives the image's side and channels, and the classes.
         width: channels of the last stage; each stage before has half as many. None: what costs as much as seven looks.
 
     Raises:
         ValueError: for a width that is not positive.
     """
 
-    def __init__(self, config: ModelConfig, width: int | None = None):
+    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
         super().__init__()
         width = matching_width(config) if width is None else width
         if width < 1:
@@ -47,7 +47,7 @@ class WholeImage(nn.Module):
         halvings = (-(-config.image // 8) - 1).bit_length()
         widths = [max(1, round(width / 2**k)) for k in range(halvings, -1, -1)]
         layers: list[nn.Module] = []
-        for before, after in zip([3, *widths], widths):
+        for before, after in zip([config.in_channels, *widths], widths):
             layers += [*_convolve(before, after), *_convolve(after, after), nn.MaxPool2d(2)]
         self.config, self.widths = config, tuple(widths)
         self.cnn = nn.Sequential(*layers[:-1])
@@ -64,13 +64,14 @@ class WholeImage(nn.Module):
         return self.linear.weight.device
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits: images B×3×H×W (normalised) -> B×classes."""
+        """Logits: images B×C×H×W (normalised) -> B×classes."""
         return self.linear(self.cnn(images).mean((-2, -1)))
 
 # %% ../../nbs/rivals/whole_image.ipynb #a444c612
 def _cost(config: ModelConfig, width: int) -> int:
     with torch.device("meta"):
-        network, image = WholeImage(config, width).eval(), torch.zeros(1, 3, config.image, config.image)
+        network = WholeImage(config, width).eval()
+        image = torch.zeros(1, config.in_channels, config.image, config.image)
     return multiply_accumulates(lambda: network(image))
 
 
@@ -87,7 +88,7 @@ def matching_width(config: ModelConfig, looks: int = 7) -> int:
 
 # %% ../../nbs/rivals/whole_image.ipynb #6919dba5
 def whole_image_loss(model: WholeImage, images: Tensor, labels: Tensor, recipe: Recipe) -> Loss:
-    """Cross-entropy of the only answer, the mean over images. The signature is what `phattn.engine.loop.learn` takes."""
+    """Cross-entropy of the only answer, the mean over images; as `phattn.engine.loop.learn` takes a loss."""
     logits = model(images).float()
     loss = cross_entropy(logits, labels)
     right = (logits.detach().argmax(-1) == labels).float().mean()
@@ -99,13 +100,14 @@ def train_whole_image(
     data: ImageSet,
     recipe: Recipe,
     run: Run | None = None,
-    report: Callable[[int, WholeImage], dict[str, Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Train the plain network in place.
 
     Args:
         model: on the device to train on.
-        data, run, report: as for `phattn.engine.loop.learn`.
+        data: training images.
+        run, callbacks: as for `phattn.engine.loop.learn`.
         recipe: how; its phase and what belongs to looks do not matter.
 
     Returns:
@@ -117,7 +119,8 @@ def train_whole_image(
     check(model, data, recipe)
     if recipe.compile:
         model.cnn.compile()
-    return learn(model.train(), whole_image_loss, list(model.parameters()), data, recipe, run, report)
+    batches = data.shuffled(recipe.batch, augment=recipe.augment)
+    return learn(model.train(), whole_image_loss, batches, recipe, run=run, callbacks=callbacks)
 
 # %% ../../nbs/rivals/whole_image.ipynb #4ba431fc
 def predict_whole(model: WholeImage, data: ImageSet, *, batch: int = 256) -> Tensor:
