@@ -31,13 +31,7 @@ import torch
 from rows import random_images
 
 from phattn.apps.export import export_model, look_with, open_parts
-<<<<<<< HEAD
-from phattn.data.images import ImageSet, normalise
-from phattn.engine.loop import Recipe
-from phattn.fast.memory import keep_freed_memory
-=======
 from phattn.data.images import ImageSet
->>>>>>> fast
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import EIG, look
 
