@@ -27,8 +27,8 @@ import torch
 from plain import Plain
 from torch import nn
 
-from phattn.data.images import ImageSet, normalise
 from phattn.apps.export import export_model, look_with, open_parts
+from phattn.data.images import ImageSet, normalise
 from phattn.engine.loop import Recipe
 from phattn.fast.memory import keep_freed_memory
 from phattn.model import CONFIGS, HardAttention

@@ -267,8 +267,8 @@ Made by `phattn export`. Each part is a function of tensors; B, the batch, and P
 
 | part | takes | gives |
 |---|---|---|
-| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column; top left) | f B×{features} |
-| belief | f B×{features}, h B×{hidden} (zeros before the first look) | next_h B×{hidden}, log_probs B×{classes} |
+| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column) | f B×{features} |
+| belief | f B×{features}, h B×{hidden} (at first 0) | next_h B×{hidden}, log_probs B×{classes} |
 | gain | h B×{hidden}, log_probs B×{classes}, seen bool B×{count}, {noise} | {what} |
 
 Pixels are {pixels}. `model.json` lists the {count} candidates and all sizes.{usage}
@@ -276,8 +276,8 @@ The `.pt2` files: `torch.export.load("gain.pt2").module()(h, log_probs, seen, no
 """
 _USAGE = """
 
-`python look.py IMAGES.npy` looks at images (uint8 B×{channels}×{image}×{image}) with the `.onnx` files; `look.py` needs numpy and
-onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a picture:
+`python look.py IMAGES.npy` looks at images (uint8 B×{channels}×{image}×{image}) with the `.onnx` files; `look.py` needs
+numpy and onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a picture:
 
     np.asarray(PIL.Image.open(path).convert("{mode}").resize(({image}, {image}))).{turn}
 """

@@ -32,13 +32,13 @@ def open_model(name: str | Path, **parts: Any) -> HardAttention:
     Raises:
         ValueError: if it is none of these; the message lists the pretrained names.
     """
-    path = pretrained().get(str(name), Path(name))
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"no model {str(name)!r}: give a pretrained name ({', '.join(pretrained())}), a .safetensors file, "
-            "or a run folder"
-        )
+    kinds = f"give a pretrained name ({', '.join(pretrained())}), a .safetensors file, or a run folder"
+    try:
+        path = find_weights(name)
+    except FileNotFoundError as error:
+        raise ValueError(f"no model {str(name)!r}: {kinds}") from error
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} does not say of which model its weights are: {kinds}")
     return HardAttention.load(path, **parts)
 
 
@@ -118,8 +118,11 @@ def start_from(model: HardAttention, name: str | Path, tell: Callable[[str], Non
 # %% ../../nbs/apps/models.ipynb #0f538c90
 def trained_on(path: Path) -> str | None:
     """The data set that weights learnt from, as their file or their run folder says; None where neither does."""
-    if path.suffix == ".safetensors" and isinstance(held := read_header(path).get("dataset"), str):
-        return held
+    if path.suffix == ".safetensors":
+        try:
+            return read_header(path).get("dataset")
+        except ValueError:  # a file that says nothing of itself; whether it is whole is seen when it is read
+            return None
     config = path.parent / "config.json"
     asked = read_json(config, "options")["options"] if config.is_file() else None
     return asked.get("dataset") if isinstance(asked, dict) else None
