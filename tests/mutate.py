@@ -22,6 +22,7 @@ import difflib
 import gc
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -225,22 +226,25 @@ class Copy:
         mutant |= dict(outcome=outcome, seconds=round(seconds, 2), by=by if outcome == "killed" else None)
 
     def run(self, name: str) -> tuple[int | str, list, float]:
-        """Run tests in a child: exit status or "timeout", what it noted, seconds."""
-        notes, started, ended = self.folder / "notes.json", time.monotonic(), (0, None)
+        """Run tests in a child: exit status or "timeout", what it noted, seconds of processor time."""
+        notes, started, ended, limit = self.folder / "notes.json", time.monotonic(), 0, self.limits[name]
         notes.unlink(missing_ok=True)
         sys.stdout.flush()
         if (child := os.fork()) == 0:
             self._test(name, notes)
         try:
-            while not ended[0] and time.monotonic() - started < self.limits[name]:
+            while not ended and time.monotonic() - started < 10 * limit:
                 time.sleep(0.02)
-                ended = os.waitpid(child, os.WNOHANG)
+                ended, status, used = os.wait4(child, os.WNOHANG)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)  # and what it has started
-        status = os.waitstatus_to_exitcode(ended[1]) if ended[0] else (os.waitpid(child, 0), "timeout")[1]
+        if not ended:
+            _, status, used = os.wait4(child, 0)
+        stopped = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        status = "timeout" if stopped else os.waitstatus_to_exitcode(status)
         noted = json.loads(notes.read_text()) if notes.exists() else [None, {}, [], None]
-        return status, noted, time.monotonic() - started
+        return status, noted, used.ru_utime + used.ru_stime
 
     def _test(self, name: str, notes: Path) -> None:
         """What the child does; it never returns."""
@@ -249,6 +253,7 @@ class Copy:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(self.limits[name]),) * 2)
             output = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             random.seed(0)
