@@ -199,18 +199,16 @@ class Copy:
         self.limits: dict[str, float] = {}
 
     def warm_up(self, name: str) -> None:
-        """Two runs without a mutant: import here what the tests import, then learn how long each takes."""
+        """A run without a mutant: how long does each test take? What the tests import is then imported here."""
         self.times[name], self.limits[name] = {}, 600
-        for attempt in range(2):
-            status, (failure, self.times[name], loaded, home), seconds = self.run(name)
-            if status != 0 or Path(home).parent != self.root / "phattn":
-                output = (self.folder / "output.txt").read_text()[-2000:]
-                sys.exit(f"the tests of {name} fail without a mutant, or import {home}: {failure}\n{output}")
-            if not attempt:
-                for module in loaded:
-                    if module.partition(".")[0] not in ("phattn", "tests", "conftest") and module[:5] != "test_":
-                        with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
-                            importlib.import_module(module)
+        status, (failure, self.times[name], loaded, home), seconds = self.run(name)
+        if status != 0 or Path(home).parent != self.root / "phattn":
+            output = (self.folder / "output.txt").read_text()[-2000:]
+            sys.exit(f"the tests of {name} fail without a mutant, or import {home}: {failure}\n{output}")
+        for module in loaded:
+            if module.partition(".")[0] not in ("phattn", "tests", "conftest") and module[:5] != "test_":
+                with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
+                    importlib.import_module(module)
         assert "phattn" not in sys.modules  # each child imports it anew
         self.limits[name] = 3 * seconds + 10
         print(f"{name}: {seconds:.1f} s without a mutant, limit {self.limits[name]:.0f} s", flush=True)
