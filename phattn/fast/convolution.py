@@ -118,7 +118,7 @@ def multiplications(side: int, maps: int, channels: tuple[int, int], transposed:
     transforms = maps * products * (side**2 * channels[0] + result**2 * channels[1]) + 9 * products * pairs
     return 9 * maps * min(side, result) ** 2 * pairs, maps * products * pairs + transforms
 
-# %% ../../nbs/fast/convolution.ipynb #312ae4b9
+# %% ../../nbs/fast/convolution.ipynb #95726098
 def convolve_at(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
     """A 3×3 convolution of square maps, at some places only.
 
@@ -136,6 +136,3 @@ def convolve_at(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) 
     pieces = first[..., None] + (side * near[:, None] + near).flatten()
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, pieces.flatten())
     return linear(pixels.view(*places.shape, -1), weight.permute(0, 2, 3, 1).flatten(1), bias)
-
-# %% ../../nbs/fast/convolution.ipynb #2fa68cbd
-from contextlib import nullcontext as library_convolutions  # noqa: F401 until engine/cost and apps/export drop it

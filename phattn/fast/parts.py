@@ -6,7 +6,7 @@
 __all__ = ['Way', 'Case', 'library', 'ours', 'proven', 'race', 'Choice', 'choose', 'choices', 'FastConv2d', 'FastConvTranspose2d',
            'FastDecoder', 'accelerate', 'plain']
 
-# %% ../../nbs/fast/parts.ipynb #7096b1d7
+# %% ../../nbs/fast/parts.ipynb #db0f8a9d
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .convolution import convolve, convolve_at, multiplications
 from ..partial_vae import Decoder, _convolve, _repeat_border
 
-# %% ../../nbs/fast/parts.ipynb #75b8a34f
+# %% ../../nbs/fast/parts.ipynb #91bf5232
 @dataclass(frozen=True)
 class Case:
     """A convolution of 3×3 for which one of two ways is to be chosen.
@@ -58,7 +58,7 @@ class Case:
             f"{gradients}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         )
 
-# %% ../../nbs/fast/parts.ipynb #c000dabe
+# %% ../../nbs/fast/parts.ipynb #436445dc
 Way = Callable[[Case, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -78,7 +78,7 @@ def ours(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve_at(x, weight, bias, _places(case, x))
     return convolve(x, weight, bias, case.transposed)
 
-# %% ../../nbs/fast/parts.ipynb #954f74cc
+# %% ../../nbs/fast/parts.ipynb #7bad026c
 def _example(case: Case, maps: int, gradients: tuple[bool, bool], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Maps, weight and bias, the same numbers each time; the caller's random state is left alone."""
     into, out = case.channels
@@ -109,7 +109,7 @@ def proven(case: Case, way: Way = ours, most: float = 10.0) -> bool:
             return False
     return True
 
-# %% ../../nbs/fast/parts.ipynb #46b4014b
+# %% ../../nbs/fast/parts.ipynb #b32e4e42
 _MARGIN = 0.9  # of the library's time
 
 
@@ -129,14 +129,14 @@ def race(
     first, second = (min(column) for column in zip(*turns))
     return first, second
 
-# %% ../../nbs/fast/parts.ipynb #dabdf14a
+# %% ../../nbs/fast/parts.ipynb #7a3e3144
 @contextmanager
 def _apart() -> Iterator[None]:
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
     with torch.inference_mode(False), torch.enable_grad(), hooks:
         yield
 
-# %% ../../nbs/fast/parts.ipynb #8df8c57c
+# %% ../../nbs/fast/parts.ipynb #9965697f
 class Choice(NamedTuple):
     """Seconds of the library's way and of ours in a race; None for ours if it was not proven."""
 
@@ -151,9 +151,8 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.ours is None:
             return "the library's way, as ours was not exact enough here"
-        times = sorted([1e3 * self.ours, 1e3 * self.library], reverse=not self.taken)
-        names = ("ours", "the library's") if self.taken else ("the library's", "ours")
-        return f"{names[0]}, {times[0]:.2f} ms; {names[1]} took {times[1]:.2f} ms"
+        winner = "ours" if self.taken else "the library's"
+        return f"{winner} (ours {1e3 * self.ours:.2f} ms, the library's {1e3 * self.library:.2f} ms)"
 
 
 def choose(case: Case) -> Choice:
@@ -162,9 +161,11 @@ def choose(case: Case) -> Choice:
         if not proven(case):
             return Choice(0.0, None)
         given = _example(case, case.maps, case.gradients)
-        return Choice(*race(lambda: _run(library, case, given), lambda: _run(ours, case, given)))
+        fine = case.threads == 1 and time.get_clock_info("thread_time").resolution < 1e-6
+        clock = time.thread_time if fine else time.perf_counter
+        return Choice(*race(lambda: _run(library, case, given), lambda: _run(ours, case, given), clock))
 
-# %% ../../nbs/fast/parts.ipynb #0e9c2001
+# %% ../../nbs/fast/parts.ipynb #8ecce32c
 _CHOICES: dict[Case, Choice] = {}
 _MOST, _LOCK = 256, RLock()
 
@@ -209,7 +210,7 @@ def choices() -> list[str]:
     """What was chosen so far in this process, a line for each case that occurred."""
     return [f"{case}: {choice}" for case, choice in _CHOICES.items()]
 
-# %% ../../nbs/fast/parts.ipynb #4cc94869
+# %% ../../nbs/fast/parts.ipynb #83aa3b2f
 def _ordinary(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     """Whether a layer is 3×3 and nothing else: no stride, dilation, groups or padding."""
     settings = (layer.kernel_size, layer.stride, layer.dilation, layer.padding, layer.output_padding, layer.groups)
@@ -236,7 +237,7 @@ class FastConvTranspose2d(nn.ConvTranspose2d):
             return convolve(input, self.weight, self.bias, transposed=True)
         return super().forward(input, output_size)
 
-# %% ../../nbs/fast/parts.ipynb #4a2f4843
+# %% ../../nbs/fast/parts.ipynb #8be9f9ba
 def _untouched(part: nn.Module) -> bool:
     """Whether nobody has hung anything on a part: hooks, or a `forward` of its own."""
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
@@ -262,7 +263,7 @@ class FastDecoder(Decoder):
         features = last(x).flatten(2).transpose(1, 2).unflatten(0, z.shape[:-1])
         return features.take_along_dim(places[..., None], -2)
 
-# %% ../../nbs/fast/parts.ipynb #e188a5d7
+# %% ../../nbs/fast/parts.ipynb #96589ba3
 _FAST: dict[type, type] = {nn.Conv2d: FastConv2d, nn.ConvTranspose2d: FastConvTranspose2d, Decoder: FastDecoder}
 
 
