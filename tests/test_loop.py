@@ -346,10 +346,9 @@ def test_a_bad_step_is_named_and_changes_nothing(tmp_path, what):
     idle = nn.Parameter(torch.zeros(2))  # learns, but had no gradient yet
     with Run(tmp_path, {}) as run, pytest.raises(FloatingPointError) as error:
         learn(model, loss_of, _Shuffled(_points()), _plan(), parameters=[idle, *model.parameters()], run=run)
-    assert str(error.value) == (
-        f"training, epoch 2, step 1: {named}; the batch is in {tmp_path / 'nonfinite.safetensors'}, the last good "
-        "state beside it; train anew with a smaller lr, or resume with --on-nonfinite=skip to leave out up to 10 such steps"
-    )
+    where = f"the batch is in {tmp_path / 'nonfinite.safetensors'}, the last good state beside it"
+    cure = "train anew with a smaller lr, or resume with --on-nonfinite=skip to leave out up to 10 such steps"
+    assert str(error.value) == f"training, epoch 2, step 1: {named}; {where}; {cure}"
     assert len(run.state()["history"]) == 1 and _same(run.state()["model"], model.state_dict())
     kept = load_tensors(tmp_path / "nonfinite.safetensors")
     assert (kept["epoch"], kept["step"], kept["seed"], kept["title"]) == (2, 1, 0, "training")
