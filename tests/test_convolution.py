@@ -20,6 +20,14 @@ def test_convolution_and_its_gradients_are_the_librarys(side, transposed):
         assert torch.allclose(a, b, atol=1e-11)
 
 
+@pytest.mark.parametrize("side", [1, 2, 5, 7])
+def test_a_repeated_border_can_be_folded_in(side):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, side, side).double(), torch.randn(6, 5, 3, 3).double()
+    bordered = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+    assert torch.allclose(convolve(x, weight, repeat=True), conv2d(bordered, weight), atol=1e-12)
+
+
 def test_products_are_fewer_and_counted_as_they_are():
     for side, transposed, most in [(9, False, 97), (5, True, 61), (6, False, 36), (14, False, 292)]:
         into, taps, back = fewer_products(side, transposed)

@@ -97,7 +97,7 @@ def test_notebook_runs(name: str, tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"{name} ran for more than {expired.timeout:.0f} s", pytrace=False)

@@ -15,9 +15,9 @@ from phattn.fast.parts import _CHOICES, Case, Choice, _case, accelerate, choices
 from phattn.partial_vae import Decoder
 
 
-def _decide(x, layer, taken=True, places=0):
+def _decide(x, layer, taken=True, places=0, repeat=False):
     """Settle the case of a call without a race."""
-    case = _case(x, layer.weight, isinstance(layer, nn.ConvTranspose2d), places)
+    case = _case(x, layer.weight, isinstance(layer, nn.ConvTranspose2d), places, repeat)
     _CHOICES[case] = Choice(1.0, 0.5 if taken else 2.0)
     return case
 
@@ -72,8 +72,18 @@ def test_what_somebody_has_changed_is_left_alone(how):
 
 def test_other_convolutions_are_left_alone():
     others = [dict(stride=2), dict(padding=1), dict(dilation=2), dict(groups=2), dict(padding="same")]
-    layers = [nn.Conv2d(4, 4, 5), nn.Conv1d(4, 4, 3), *(nn.Conv2d(4, 4, 3, **other) for other in others)]
+    layers = [nn.Conv2d(4, 4, (3, 5)), nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3, 2)]
+    layers += [*(nn.Conv2d(4, 4, 3, **other) for other in others)]
     assert not accelerate(nn.Sequential(*layers))
+
+
+def test_a_kernel_as_large_as_the_maps_is_a_product_of_matrices():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 6, 2, stride=4), torch.randn(16, 8, 2, 2)
+    expected = layer(x)
+    assert accelerate(layer) and _decide(x, layer).whole and proven(_decide(x, layer))
+    torch.testing.assert_close(layer(x), expected)
+    assert _case(torch.randn(16, 8, 4, 4), layer.weight) is None
 
 
 def test_what_is_changed_later_holds():
@@ -92,7 +102,7 @@ def test_a_low_rank_adapter_around_a_layer_is_exact():
     torch.manual_seed(0)
     model, x = _LowRank(nn.Conv2d(64, 64, 3)), torch.randn(16, 64, 6, 6)
     expected = model(x)
-    assert accelerate(model) == ["layer", "down"]
+    assert accelerate(model) == ["layer", "down", "up"]
     _decide(x, model.layer)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
@@ -239,6 +249,8 @@ def test_the_decoder_at_some_places_is_the_decoder():
         mine = torch.autograd.grad(found.square().sum(), decoder.last.weight)[0]
         torch.testing.assert_close(mine, gradient, atol=1e-3, rtol=1e-3)
     few, all_of_them = decoder.at(z, places[0, 0]), decoder(z)
+    _decide(torch.zeros(32, 7, 7, 32).movedim(-1, 1), decoder.last, repeat=True)
+    torch.testing.assert_close(decoder(z), all_of_them, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(few, all_of_them.index_select(-2, places[0, 0]), atol=1e-5, rtol=1e-4)
 
 

@@ -6,6 +6,7 @@ small models whose every parameter and statistic is moved off its start.
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from phattn.data.images import ImageSet, normalise
 from phattn.evaluation import measure
-from phattn.model import HardAttention, ModelConfig
-from phattn.policy import EIG, expected_information_gain, look
-from phattn.training import LOSSES, Recipe, prepare, train_phase
+from phattn.model import CONFIGS, HardAttention, ModelConfig
+from phattn.policy import EIG, View, expected_information_gain, look, oracle
+from phattn.training import LOSSES, Recipe, prepare, recipe, train_phase
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
 # image, glimpse, stride, channels: 5×5 places; 4×4; and 3×3 of grey glimpses whose stride is not half a side
@@ -178,15 +179,36 @@ def test_gain(model, reference):
         close(gain[number], reference.gain(h[number, None], draws[:, number]))
 
 
+def test_look_ahead(model, reference):
+    h, features = normal(BATCH, 7), normal(2, BATCH, model.grid.count, 6)
+    would = model.look_ahead(features, h).log_softmax(-1)
+    for k in range(2):
+        for number in range(BATCH):
+            dream = features[k, number].T.view(1, 6, model.grid.n, model.grid.n)
+            close(would[k, number], reference.ahead(dream, h[number, None]))
+
+
+def test_oracle(model, reference):
+    (images, _), h = batch(model), normal(BATCH, 7)
+    now = model.classifier(h).log_softmax(-1)
+    seen = torch.zeros(BATCH, model.grid.count, dtype=torch.bool)
+    scores = oracle(View(model, h, now, seen, images))
+    for number in range(BATCH):
+        would = reference.ahead(reference.cnn(images[number, None]), h[number, None])
+        close(scores[number], (would.exp() * (would - now[number])).sum(-1))
+
+
 def test_first_loss(model, reference):
     images, labels = batch(model)
     learning = prepare(model, "first")
     with Recorder() as recorder:
-        loss, _ = LOSSES["first"](model, images, labels, Recipe(phase="first", epochs=1, looks=30))
+        loss, log = LOSSES["first"](model, images, labels, Recipe(phase="first", epochs=1, looks=30))
     (locations,) = recorder.draws["randint"]
     last = model.config.image - model.config.glimpse
     assert all(set(part.tolist()) == set(range(last + 1)) for part in locations.flatten(0, 1).T)  # any pixel
     same_gradients(model, reference, loss, reference.first(images, labels, locations), learning)
+    right = model(images, locations).argmax(-1) == labels[:, None]  # the statistics of a batch are used again
+    assert log["cross-entropy"] == loss.detach() and torch.equal(log["accuracy"], right.float().mean(0))
 
 
 @pytest.mark.parametrize("elbo_steps", [None, 2])
@@ -194,7 +216,7 @@ def test_second_loss(model, reference, elbo_steps):
     images, labels = batch(model)
     learning = prepare(model, "second")
     with Recorder() as recorder:
-        loss, _ = LOSSES["second"](
+        loss, log = LOSSES["second"](
             model, images, labels, Recipe(phase="second", epochs=1, looks=LOOKS, elbo_steps=elbo_steps)
         )
     (order,), (steps,), (draws,) = (recorder.draws[name] for name in ("rand", "randperm", "randn"))
@@ -202,6 +224,8 @@ def test_second_loss(model, reference, elbo_steps):
     places, steps = order.argsort(descending=True)[:, :LOOKS], steps[:elbo_steps].tolist()
     expected = reference.second(images, places, steps, draws.view(BATCH, len(steps), -1))
     same_gradients(model, reference, loss, expected, learning)
+    close(log["bound"], -loss.detach())
+    close(log["log_prior"] + log["log_likelihood"] - log["log_posterior"], log["bound"])
 
 
 @pytest.mark.parametrize("elbo_steps", [None, 2])
@@ -209,7 +233,7 @@ def test_third_loss(model, reference, elbo_steps):
     images, labels = batch(model)
     learning = prepare(model, "third")
     with Recorder() as recorder:
-        loss, _ = LOSSES["third"](
+        loss, log = LOSSES["third"](
             model, images, labels, Recipe(phase="third", epochs=1, looks=LOOKS, elbo_steps=elbo_steps, ccebal=16.0)
         )
     (places,), (steps,), (*choosing, draws) = (recorder.draws[name] for name in ("randint", "randperm", "randn"))
@@ -218,6 +242,8 @@ def test_third_loss(model, reference, elbo_steps):
     choosing = torch.stack([one.view(BATCH, -1) for one in choosing], 1)
     expected = reference.third(images, labels, places, choosing, steps, draws.view(BATCH, len(steps), -1), ccebal=16.0)
     same_gradients(model, reference, loss, expected, learning)
+    close(16.0 * log["cross-entropy"] - log["bound"], loss.detach())
+    assert log["accuracy"].shape == (LOOKS,)
 
 
 def test_look(model, reference):
@@ -308,7 +334,9 @@ def test_second_phase_starts_the_flow(model):
         return [torch.stack([y.mean(0).abs().max(), y.std(0).log().abs().max()]) for y in found]
 
     assert all(off.max() > 1 for off in outputs())
-    train_phase(model, data, Recipe(phase="second", epochs=1, batch=32, looks=LOOKS, lr=1e-30))
+    state = torch.get_rng_state()
+    train_phase(model, data, Recipe(phase="second", epochs=1, batch=128, looks=LOOKS, lr=1e-30))
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(off.max() < 0.5 for off in outputs())
     assert all(norm.started for norm in model.vae.flow.norms)
     assert all(torch.equal(weights[name], value) for name, value in model.named_parameters() if name in weights)
@@ -329,3 +357,34 @@ def test_measures_by_hand():
         assert found["accuracy"][t] == pytest.approx(right / 300)
         assert found["nll"][t] == pytest.approx(surprise / 300)
         assert found["ece"][t] == pytest.approx(sum(abs(sum(gaps)) for gaps in bins) / 300)
+
+
+@pytest.mark.parametrize(
+    "name, classes, image, glimpse, features, latent, hidden, layers",
+    [
+        ("svhn", 10, 32, 8, 128, 256, 512, 4),
+        ("cifar10", 10, 32, 8, 128, 256, 512, 4),
+        ("cinic10", 10, 32, 8, 128, 256, 512, 4),
+        ("cifar100", 100, 32, 8, 512, 1024, 2048, 6),
+        ("tinyimagenet", 200, 64, 16, 512, 1024, 2048, 6),
+    ],
+)
+def test_sizes_of_the_paper(name, classes, image, glimpse, features, latent, hidden, layers):
+    sizes = dict(classes=classes, image=image, glimpse=glimpse, features=features, latent=latent, hidden=hidden)
+    rest = dict(flow_layers=layers, channels=(64, 128, 256), bins=5, decoder_convolutions=6, dropout=0.5, in_channels=3)
+    assert CONFIGS[name] == ModelConfig(**sizes, **rest)
+    assert CONFIGS[name].grid.count == 49 and CONFIGS[name].grid.stride == glimpse // 2
+    with torch.device("meta"):
+        model = HardAttention(CONFIGS[name])
+    widths = [layer.out_channels for layer in model.glimpse.cnn.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == [64, 128, 256, *[256] * (glimpse // 2 - 4), features]
+    assert [norm.normalized_shape[0] for norm in model.vae.decoder.norms] == [3, 5, 7, 7, 7, 7, 7, 7]
+    assert len(model.vae.flow.splines) == layers and model.vae.flow.splines[0].network.outputs == 3 * 5 - 1
+
+
+def test_recipes_of_the_paper():
+    for phase, epochs, ccebal in (("first", 1000, 1), ("second", 100, 1), ("third", 100, 16)):
+        found = recipe("svhn", phase)
+        assert (found.epochs, found.lr, found.batch, found.looks, found.schedule) == (epochs, 1e-3, 64, 7, "plateau")
+        assert (found.elbo_steps, found.augment, found.bf16, found.compile) == (None, False, False, False)
+        assert found.ccebal == ccebal and recipe("cifar10", phase) == replace(found, augment=True)

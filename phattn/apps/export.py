@@ -277,7 +277,8 @@ The `.pt2` files: `torch.export.load("gain.pt2").module()(h, log_probs, seen, no
 _USAGE = """
 
 `python look.py IMAGES.npy` looks at images (uint8 B×{channels}×{image}×{image}) with the `.onnx` files; `look.py` needs
-numpy and onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a picture:
+numpy and onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a
+picture:
 
     np.asarray(PIL.Image.open(path).convert("{mode}").resize(({image}, {image}))).{turn}
 """

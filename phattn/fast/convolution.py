@@ -15,12 +15,13 @@ from torch.nn.functional import linear
 
 # %% ../../nbs/fast/convolution.ipynb #f9556453
 @lru_cache
-def fewer_products(side: int, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def fewer_products(side: int, transposed: bool = False, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Matrices with which a 3×3 convolution of a side×side map is A[(B x) ⊙ (G w)], for x and w in row-major order.
 
     Args:
-        side: of the map; at least 3, or 1 if transposed.
+        side: of the map; at least 3, or 1 if transposed or repeated.
         transposed: whether the convolution adds 2 to the side, or takes 2 off.
+        repeat: whether the border of the map is repeated first, once around, so that the side is kept.
 
     Returns:
         B (R×side²), G (R×9) and A (side of the result²×R), float64, with R products.
@@ -30,20 +31,28 @@ def fewer_products(side: int, transposed: bool = False) -> tuple[Tensor, Tensor,
 
     Reference: A. L. Toom, 1963; S. Winograd, Arithmetic Complexity of Computations, 1980.
     """
-    if side < (1 if transposed else 3):
-        raise ValueError(f"side must be at least {1 if transposed else 3}, got {side}")
-    length = side + 2 if transposed else side  # of the longer row
+    length = _length(side, transposed, repeat)
+    if length < 3 or side < 1:
+        raise ValueError(f"side must be at least {1 if transposed or repeat else 3}, got {side}")
     with torch.inference_mode(False), torch.device("cpu"):  # what is kept must not depend on who was the first to ask
         real, upper = _points(length)
         points = torch.cat([real, upper, upper.conj()])
         short, taps, long = (_powers(points, count) for count in (length - 2, 3, length))
         into, back = (short, long.inverse()) if transposed else (long.inverse().T, short.T)
+        if repeat:
+            inner = torch.arange(length).sub(1).clamp(0, side - 1)
+            into = into.new_zeros(length, side).index_add_(1, inner, into)
         mirror = torch.arange(length)
         mirror[len(real) :] = mirror[len(real) :].roll(len(upper))
         products = _karatsuba(*(torch.kron(matrix, matrix) for matrix in (into, taps, back)), mirror)
         return tuple(matrix.where(matrix.abs() > 1e-12, 0) for matrix in products)  # rounded zeros slow a CPU down
 
 # %% ../../nbs/fast/convolution.ipynb #ae8e42f4
+def _length(side: int, transposed: bool, repeat: bool) -> int:
+    """Of the longer row: that of the result, or that of the map with its border."""
+    return side + 2 if transposed or repeat else side
+
+
 def _pairs(length: int) -> int:
     """How many of the points of a row are conjugate pairs."""
     return int(length > 6) if length <= 9 else (length - 1) // 2
@@ -78,14 +87,16 @@ def _karatsuba(into: Tensor, taps: Tensor, back: Tensor, mirror: Tensor) -> tupl
     return left, right, torch.cat([back0.real, back.real - back.imag, -back.imag, -back.real], 1)
 
 # %% ../../nbs/fast/convolution.ipynb #46d9e108
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False, repeat: bool = False
+) -> Tensor:
     """A 3×3 convolution of square maps in fewer products between channels. Its gradients are found the same way.
 
     Args:
-        x: maps, B×C×side×side; no padding is added.
+        x: maps, B×C×side×side.
         weight: C'×C×3×3, or C×C'×3×3 if transposed.
         bias: C'.
-        transposed: see `fewer_products`.
+        transposed, repeat: see `fewer_products`.
 
     Returns:
         B×C'×side'×side', with the channels last in memory.
@@ -95,7 +106,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: 
     """
     if weight.shape[2:] != (3, 3) or x.ndim != 4 or x.shape[2] != x.shape[3]:
         raise ValueError(f"x must be B×C×side×side and weight …×3×3, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    into, taps, back = (matrix.to(x) for matrix in fewer_products(x.shape[2], transposed))
+    into, taps, back = (matrix.to(x) for matrix in fewer_products(x.shape[2], transposed, repeat))
     right = (taps @ weight.flatten(2).flatten(0, 1).T).view(len(taps), *weight.shape[:2])
     right = right if transposed else right.transpose(1, 2)
     left = torch.bmm(into.expand(len(x), -1, -1), x.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
@@ -104,21 +115,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: 
     return y.unflatten(1, (math.isqrt(len(back)), -1)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/fast/convolution.ipynb #cd1c2fc5
-def multiplications(side: int, maps: int, channels: tuple[int, int], transposed: bool = False) -> tuple[int, int]:
+def multiplications(
+    side: int, maps: int, channels: tuple[int, int], transposed: bool = False, repeat: bool = False
+) -> tuple[int, int]:
     """How many multiplications a convolution takes: by the library's way, and by `convolve`.
 
     Args:
-        side, transposed: see `fewer_products`.
+        side, transposed, repeat: see `fewer_products`.
         maps: how many.
         channels: in and out.
     """
-    length, pairs = (side + 2 if transposed else side), channels[0] * channels[1]
+    length, pairs = _length(side, transposed, repeat), channels[0] * channels[1]
     products = (3 * length**2 - (length - 2 * _pairs(length)) ** 2) // 2  # pairs of real points cost one, of others 3/2
     result = length if transposed else length - 2
     transforms = maps * products * (side**2 * channels[0] + result**2 * channels[1]) + 9 * products * pairs
     return 9 * maps * min(side, result) ** 2 * pairs, maps * products * pairs + transforms
 
-# %% ../../nbs/fast/convolution.ipynb #312ae4b9
+# %% ../../nbs/fast/convolution.ipynb #95726098
 def convolve_at(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
     """A 3×3 convolution of square maps, at some places only.
 
@@ -136,6 +149,3 @@ def convolve_at(x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) 
     pieces = first[..., None] + (side * near[:, None] + near).flatten()
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, pieces.flatten())
     return linear(pixels.view(*places.shape, -1), weight.permute(0, 2, 3, 1).flatten(1), bias)
-
-# %% ../../nbs/fast/convolution.ipynb #2fa68cbd
-from contextlib import nullcontext as library_convolutions  # noqa: F401 until engine/cost and apps/export drop it
