@@ -4,6 +4,7 @@ The second implementation is `benchmarks/plain.py`, written from the equations. 
 small models whose every parameter and statistic is moved off its start.
 """
 
+import inspect
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from phattn.data.images import ImageSet, normalise
-from phattn.evaluation import measure
+from phattn.evaluation import cost, evaluate, looking_cost, measure, predict
 from phattn.flows import ConditionalFlow
 from phattn.glimpse import GlimpseNetwork
 from phattn.model import CONFIGS, HardAttention, ModelConfig
 from phattn.partial_vae import Decoder, Encoder, PartialVAE
-from phattn.policy import EIG, View, expected_information_gain, look, oracle
+from phattn.policy import EIG, POLICIES, View, expected_information_gain, look, oracle
 from phattn.recurrence import Classifier
 from phattn.training import LOSSES, Recipe, prepare, recipe, train_phase
 
@@ -408,6 +409,13 @@ def test_parts_are_by_themselves_as_in_the_paper():
             key: value.shape for key, value in usual.state_dict().items()
         }
     assert {layer.bound for layer in model.vae.flow.splines} == {5.0}
+
+
+def test_looking_is_by_itself_as_in_the_paper():
+    assert EIG() == POLICIES["eig"] == EIG(20)
+    for function in (look, predict, evaluate, cost, looking_cost):
+        assert inspect.signature(function).parameters["looks"].default == 7
+    assert inspect.signature(look).parameters["policy"].default == EIG(20)
 
 
 def test_recipes_of_the_paper():
