@@ -91,7 +91,22 @@ def test_own_parts_are_saved_by_name_and_asked_for(tmp_path):
     assert torch.equal(again(images, places), model(images, places)) and again.recurrence is anew["recurrence"]
     with pytest.raises(ValueError, match="classifier is the user's own"):
         HardAttention.load(path, classes=3, **anew)
+    with pytest.raises(ValueError, match="a part must be one of glimpse, .* got 'clasifier'"):
+        HardAttention.load(path, clasifier=None)
+    with pytest.raises(TypeError, match="classifier must be a module, got function"):
+        HardAttention(CONFIGS["digits"], classifier=lambda h: h)
+    with pytest.raises(TypeError, match="names must be a tuple of str, got 'abc'"):
+        HardAttention.from_pretrained("digits", names="abc")
+
+
+def test_changed_insides_make_a_part_ones_own():
     assert own_parts(HardAttention(CONFIGS["digits"])) == {}
+    model = HardAttention(CONFIGS["digits"])
+    model.glimpse.cnn[0][1] = nn.Tanh()
+    assert set(own_parts(model)) == {"glimpse"}
+    model.vae.flow = NoFlow()
+    model.classifier.linear = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 10))
+    assert set(own_parts(model)) == {"glimpse", "vae", "classifier"}
 
 
 class Watched(HardAttention):
@@ -106,7 +121,9 @@ def test_subclasses_load_as_themselves(tmp_path):
 
 def test_other_classes_keep_all_but_the_classifier():
     ten, three = HardAttention.from_pretrained("digits"), HardAttention.from_pretrained("digits", classes=3)
-    assert three.config.classes == 3 and three.config.names == () and three.about == {}
+    assert three.config.classes == 3 and three.config.names == () and three.about["dataset"] == "digits"
+    assert "untrained" in three.about["classes"]
+    assert HardAttention.from_pretrained("digits", classes=10).config.names == tuple("0123456789")
     for name, value in three.state_dict().items():
         same = name in ten.state_dict() and torch.equal(value, ten.state_dict()[name])
         assert same != name.startswith("classifier.")

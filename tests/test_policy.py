@@ -37,8 +37,11 @@ def test_eig_equals_loops():
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(expected_information_gain(model, dreams, h.requires_grad_(), belief).sum(), h)
     assert slope.isfinite().all() and slope.abs().max() > 0
-    with pytest.raises(ValueError, match="model must be in eval mode"):
-        expected_information_gain(model.train(), dreams, h, belief)
+    for module in (model, model.classifier):
+        module.train()
+        with pytest.raises(ValueError, match="model must be in eval mode"):
+            expected_information_gain(model, dreams, h, belief)
+        model.eval()
 
 
 @torch.no_grad()
@@ -170,13 +173,17 @@ def test_bad_looks_are_refused():
         EIG(0)
     with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
         look(model, image.numpy())
+    with pytest.raises(TypeError, match="first must be a tensor, got list"):
+        look(model, image, first=[3])
+    with pytest.raises(TypeError, match="tensor of scores, got NoneType"):
+        look(model, image, lambda view: None)
     with pytest.raises(ValueError, match=r"got torch.int64"):
         look(model, image.long())
 
 
 def test_images_of_any_float_type_and_bytes_are_looked_at():
     model, image = HardAttention(CONFIGS["digits"]), torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    firsts = [torch.tensor([3], dtype=kind) for kind in (torch.long, torch.int32, torch.uint8)]
+    firsts = [torch.tensor([3], dtype=kind) for kind in (torch.long, torch.int32, torch.uint8, torch.int8)]
     as_float = image / 127.5 - 1
     traces = [
         look(model, given, centre_out, first=first)
