@@ -175,8 +175,8 @@ def look(
 
     Raises:
         TypeError: for images or `first` that are no tensors, or a policy that returns none.
-        ValueError: for images that do not fit the model, or (on a CPU) seem to be in [0, 1]; `looks` or `first` out of range; scores of
-            a wrong shape.
+        ValueError: for images that do not fit the model, or (on a CPU) seem to be in [0, 1]; `looks` or `first` out of
+            range; scores of a wrong shape.
     """
     grid, images = model.grid, ready(images, model)
     check_int("looks", looks, 1, grid.count)
