@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from .data.images import ImageSet
 from .engine.distributed import match, share
 from .engine.loop import Callback, Loss, Plan, epoch_seed, learn
-from .engine.records import check_choice, check_int, check_number
+from .engine.records import check_bool, check_choice, check_int, check_number
 from .engine.runs import Run
 from .model import HardAttention, evaluating
 from .partial_vae import full_precision
@@ -63,6 +63,8 @@ class Recipe(Plan):
         check_number("ccebal", self.ccebal, 0)
         if self.elbo_steps is not None:
             check_int("elbo_steps", self.elbo_steps)
+        check_bool("augment", self.augment)
+        check_bool("compile", self.compile)
 
     @property
     def title(self) -> str:

@@ -263,6 +263,9 @@ def test_bad_training_is_refused():
     for name, value in {"epochs": 0, "batch": 1, "looks": 0, "elbo_steps": 0, "ccebal": -1.0}.items():
         with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
             recipe("digits", "first", **{name: value})
+    for name in ("augment", "compile", "bf16"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+            recipe("digits", "first", **{name: "no"})
 
 
 def test_a_bad_step_can_be_done_again(tmp_path):
