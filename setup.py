@@ -26,7 +26,7 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["phattn", "phattn.*"]),
-    package_data={"phattn": ["weights/**/*"]},
+    package_data={"phattn": ["py.typed", "weights/**/*"]},
     install_requires=settings["requirements"].split(),
     extras_require={
         "export": settings["export_requirements"].split(),

@@ -205,18 +205,22 @@ class Reference(Networks):
         """The state before the first look: zeros, 1×nh."""
         return images.new_zeros(1, self.hidden)
 
+    def ahead(self, dream: Tensor, h: Tensor) -> Tensor:
+        """log p(y|h) after looking at each candidate, N×classes, if features 1×nf×n×n were found there; state 1×nh."""
+        beliefs = []
+        for place in range(self.n**2):
+            f = self.features(dream[:, :, place // self.n, place % self.n], torch.tensor([self.location(place)]))
+            beliefs.append(self.classify(self.update(f, h))[0])
+        return torch.stack(beliefs)
+
     def gain(self, h: Tensor, noise: Tensor) -> Tensor:
         """EIG of every candidate, N, for a state 1×nh and the noise of P imaginations, P×nz."""
-        now, gains = self.classify(h)[0], []
-        dreams = [self.decode(self.sample(h, one[None])[0]) for one in noise]
-        for place in range(self.n**2):
-            location, divergences = torch.tensor([self.location(place)]), []
-            for dream in dreams:
-                f = self.features(dream[:, :, place // self.n, place % self.n], location)
-                then = self.classify(self.update(f, h))[0]
-                divergences.append((then.exp() * (then - now)).sum())
-            gains.append(sum(divergences) / len(dreams))
-        return torch.stack(gains)
+        now, gains = self.classify(h)[0], 0.0
+        for one in noise:
+            dream = self.decode(self.sample(h, one[None])[0])
+            divergences = [(then.exp() * (then - now)).sum() for then in self.ahead(dream, h)]
+            gains = gains + torch.stack(divergences) / len(noise)
+        return gains
 
     def best(self, gains: Tensor, seen: Sequence[int]) -> int:
         """Where the gain is largest among the places not seen."""

@@ -1,5 +1,5 @@
 """`python -m phattn`: the command line, see nbs/apps/cli.ipynb."""
 
-from phattn.cli import main
+from phattn.apps.cli import main
 
 raise SystemExit(main())

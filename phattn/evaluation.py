@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .data.images import ImageSet
 from .engine.cost import multiply_accumulates
-from .model import HardAttention, ModelConfig, evaluating
+from .model import HardAttention, ModelConfig
 from .policy import Policy, look, random
 
 # %% ../nbs/08_evaluation.ipynb #ca6f646f

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+from .engine.records import check_int
+
 # %% ../nbs/01_glimpse.ipynb #74cac73a
 Device = torch.device | str | None
 
@@ -26,6 +28,7 @@ class Grid:
         stride: distance s between neighbouring candidates, in pixels; g/2 when it is not given.
 
     Raises:
+        TypeError: for sides that are no whole numbers.
         ValueError: for sides that do not fit together, or that leave a rim which no candidate reaches.
     """
 
@@ -34,6 +37,8 @@ class Grid:
     stride: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image", "glimpse"):
+            check_int(name, getattr(self, name))
         if self.glimpse % 2 or not 4 <= self.glimpse <= self.image:
             raise ValueError(f"glimpse must be an even number from 4 to image = {self.image}, got {self.glimpse}")
         if self.stride is None:
@@ -98,15 +103,15 @@ def sense(images: Tensor, locations: Tensor, size: int) -> Tensor:
     offsets = torch.arange(size, device=images.device)
     rows = locations[..., 0, None] + offsets
     columns = locations[..., 1, None] + offsets
-    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+    batch = torch.arange(images.shape[0], device=images.device)[:, None, None, None]
     return images[batch, :, rows[..., :, None], columns[..., None, :]].movedim(-1, -3)
 
 
 def _check_places(images: Tensor, locations: Tensor, size: int) -> None:
-    if images.ndim != 4 or locations.ndim != 3 or locations.shape[-1] != 2 or len(locations) != len(images):
+    if images.ndim != 4 or locations.ndim != 3 or locations.shape[-1] != 2 or locations.shape[0] != images.shape[0]:
         shapes = f"{tuple(images.shape)} and {tuple(locations.shape)}"
         raise ValueError(f"images must be B×C×H×W and locations B×T×2, got {shapes}")
-    if locations.device.type == "cpu" and locations.numel() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and locations.device.type == "cpu" and locations.numel():
         last = torch.tensor(images.shape[-2:]) - size
         if (locations < 0).any() or (locations > last).any():
             raise ValueError(f"locations must be from (0, 0) to {tuple(last.tolist())} for glimpses of {size} pixels")

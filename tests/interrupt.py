@@ -34,7 +34,8 @@ from phattn.apps.cli import main
 from phattn.data.scenes import digits
 from phattn.data.datasets import DATASETS
 DATASETS["digits"] = lambda split, datapath, *, seed, **_: digits(split, seed=seed, size={IMAGES})
-sys.exit(main(["train", "--dataset=digits", "--epochs={EPOCHS}", "--T=4", "--batch=32", "--device=cpu", *sys.argv[1:]]))
+options = ["--dataset=digits", "--epochs={EPOCHS}", "--T=4", "--batch=32", "--device=cpu", "--no-fast"]
+sys.exit(main(["train", *options, *sys.argv[1:]]))
 """
 
 

@@ -15,6 +15,7 @@ from phattn.apps.options import explanations
 from phattn.model import CONFIGS, HardAttention
 
 COMMON = "--dataset='digits' --datapath='./data/' --lr=0.001 --batch=64 --batchv=64 --T=7 --epochs=1"
+COMMON += " --test_images=40"  # ours: the release tests on all
 RELEASE = [
     "--training_phase='first'  --ccebal=1  --logfolder='./digits_log_first'  --pretrain_checkpoint=None",
     "--training_phase='second' --ccebal=0  --logfolder='./digits_log_second' "
@@ -84,8 +85,8 @@ def test_help_explains_every_option(capsys):
 MISTYPED = [
     ("train --epoch=3", "--epochs"),
     ("train --dataset=mnist", "digits"),
-    ("train --T=seven", "invalid literal"),
-    ("train --augment=maybe", "must be True or False"),
+    ("train --T=seven", "--T: invalid literal"),
+    ("train --augment=maybe", "--augment: .*must be True or False"),
     ("trian", "evaluate"),
     ("compare --seed=1", "seed"),
     ("train --training_phase=second", "phattn: training_phase=second starts from .*: give --pretrain_checkpoint"),

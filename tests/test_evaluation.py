@@ -58,6 +58,11 @@ def test_the_count_grows_with_the_images_alone():
     assert multiply_accumulates(lambda: decoder(torch.zeros(40, 32))) == 40 * one  # also where fewer products pay
 
 
+def test_a_look_costs_what_its_layers_say():
+    kernels = 36 * 9 * 3 * 32 + 16 * 9 * 32 * 64 + 4 * 9 * 64 * 64 + 4 * 64 * 32
+    assert looking_cost(CONFIGS["digits"], 1) == {"F": kernels + 2 * 32, "R": 128 * 128 + 32 * 128, "C": 1280}
+
+
 def test_bad_costs_are_refused():
     with pytest.raises(ValueError, match="looks must be at least 1, got 0"):
         looking_cost(CONFIGS["digits"], 0)

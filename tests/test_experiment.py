@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from phattn.apps.experiment import _near_quarter, fit_sizes, load_data, model_config, settled, train
+from phattn.apps.models import open_model
 from phattn.apps.options import LearnOptions, TrainOptions
 from phattn.data.images import ImageSet
 from phattn.engine.files import write_json
-from phattn.engine.weights import save_weights
 from phattn.glimpse import Grid
 from phattn.model import CONFIGS, HardAttention
 from phattn.policy import POLICIES
@@ -32,6 +32,7 @@ def test_a_run_leaves_what_it_should_and_resumes(tmp_path, monkeypatch):
         assert list((folder / name).glob("events.out.tfevents*"))
     for name in ("look0.png", "look1.png", "look2.png", "look.gif", "curves.png", "history.png", "model.safetensors"):
         assert (folder / name).stat().st_size > 1000
+    assert open_model(folder / "first").about["phases"] == "first" and open_model(folder).config == CONFIGS["digits"]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert set(metrics["policies"]) == set(POLICIES) and len(metrics["policies"]["eig"]["accuracy"]) == 2
     weights = (folder / "model.safetensors").read_bytes()
@@ -62,8 +63,8 @@ def test_what_cannot_work_leaves_nothing(tmp_path):
 
 
 def test_weights_of_another_data_set_are_refused(tmp_path):
-    save_weights(HardAttention(CONFIGS["digits"]).state_dict(), tmp_path / "weights_f_1.safetensors", {})
-    write_json({"options": {"dataset": "svhn"}}, tmp_path / "config.json")
+    torch.save(HardAttention(CONFIGS["digits"]).state_dict(), tmp_path / "weights_f_1.pth")
+    write_json({"options": {"dataset": "svhn"}}, tmp_path / "config.json")  # as 0.1.0 left it
     options = TrainOptions(training_phase="second", pretrain_checkpoint=tmp_path / "weights_f_1.pth")
     with pytest.raises(ValueError, match="was trained on svhn, and dataset is digits"):
         train(replace(options, logfolder=tmp_path / "run"))

@@ -26,9 +26,8 @@ def _points(count=96):
 
 def _network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(20, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10)
-    )
+    wide = nn.Linear(20, 16, bias=False)
+    return nn.Sequential(wide, nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10))
 
 
 def _loss(model, points, labels, plan):
@@ -141,7 +140,9 @@ def test_the_gradient_is_clipped_at_ten(factor, length):
     def moved(change):
         return torch.cat([value.flatten() for value in change]).norm().item()
 
-    sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=1.0)
+
     long = moved(_first_step(Plan(epochs=1), loss_of, optimiser=sgd))
     plain = factor * moved(_first_step(Plan(epochs=1), optimiser=sgd))  # shorter than ten, so not clipped
     assert long == pytest.approx(length or plain, rel=1e-4)
@@ -168,7 +169,7 @@ def test_the_order_comes_from_the_seed_also_in_a_loader():
 
 
 def test_batches_without_a_length_or_without_any_are_refused():
-    with pytest.raises(TypeError, match="batches must have a length .* like a DataLoader, got generator"):
+    with pytest.raises(TypeError, match="batches must have a length .* as a DataLoader, got generator"):
         learn(_network(), _loss, (batch for batch in [_points()[:32]]), _plan())
     for batches in ([], _Shuffled(_points(), 97)):
         with pytest.raises(ValueError, match="batches: there is none; is a batch larger than the data?"):
@@ -184,7 +185,10 @@ def test_what_learns_is_what_was_given():
         return [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
 
     (every, last), model = (["0.weight", "1.bias", "4.weight", "4.bias"], ["4.weight", "4.bias"]), _network()
-    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
     assert moved() == moved(optimiser=sgd) == every
     assert moved(model=model, parameters=model[4].parameters()) == last
     assert moved(model=model, optimiser=sgd(model[4].parameters())) == last
@@ -342,15 +346,9 @@ def test_a_bad_step_is_named_and_changes_nothing(tmp_path, what):
     idle = nn.Parameter(torch.zeros(2))  # learns, but had no gradient yet
     with Run(tmp_path, {}) as run, pytest.raises(FloatingPointError) as error:
         learn(model, loss_of, _Shuffled(_points()), _plan(), parameters=[idle, *model.parameters()], run=run)
-    assert f"training, epoch 2, step 1: {named}; the batch is in {tmp_path / 'nonfinite.safetensors'}" in str(
-        error.value
-    )
-    assert (
-        ", the last good state beside it; train anew with a smaller lr, or resume with --on-nonfinite=skip to leave out "
-        "up to 10 such steps"
-        in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    where = f"the batch is in {tmp_path / 'nonfinite.safetensors'}, the last good state beside it"
+    cure = "train anew with a smaller lr, or resume with --on-nonfinite=skip to leave out up to 10 such steps"
+    assert str(error.value) == f"training, epoch 2, step 1: {named}; {where}; {cure}"
     assert len(run.state()["history"]) == 1 and _same(run.state()["model"], model.state_dict())
     kept = load_tensors(tmp_path / "nonfinite.safetensors")
     assert (kept["epoch"], kept["step"], kept["seed"], kept["title"]) == (2, 1, 0, "training")
@@ -397,11 +395,7 @@ def test_skipped_steps_leave_no_trace():
 def test_skipping_has_an_end():
     for bad, epochs in [(range(1, 12), 4), (range(1, 4), 1)]:
         model, data = _network(), _points() if epochs > 1 else TensorDataset(*_points()[:24])
-        said = (
-            "training, epoch 1, step 11, the 11th such step: loss"
-            if epochs > 1
-            else "end of epoch 1: no step was finite"
-        )
+        said = "epoch 1, step 11, the 11th such step: loss" if epochs > 1 else "end of epoch 1: no step was finite"
         with pytest.raises(FloatingPointError, match=said):
             chosen = _plan(epochs=epochs, schedule="plateau", on_nonfinite="skip")
             learn(model, _go_wrong(bad)[0], _Shuffled(data, 8), chosen)
@@ -432,9 +426,7 @@ def test_weights_that_are_not_finite_end_the_run_at_once():
         model = _network()
         with torch.no_grad():
             model[4].bias[0] = torch.nan
-        with pytest.raises(
-            FloatingPointError, match=r"epoch 1, step 1: weight not finite: 4.bias; train anew with a smaller lr$"
-        ):
+        with pytest.raises(FloatingPointError, match="step 1: weight not finite: 4.bias; train anew with a .* lr$"):
             learn(model, _loss, _Shuffled(_points()), _plan(on_nonfinite=how))
     with pytest.raises(FloatingPointError, match="training, end of epoch 1: weight not finite: .*; train anew with"):
         learn(_network(), _loss, _Shuffled(_points(), 96), _plan(lr=3.4e38, schedule="plateau"))
@@ -458,9 +450,7 @@ def test_looking_back_late_nothing_has_moved_when_it_stops(monkeypatch):
     monkeypatch.setattr("phattn.engine.loop._LOOK", {"cpu": 5})
     for adam, seen in ((None, 5), (lambda learning: torch.optim.Adam(learning, lr=3e-3), 3)):  # not fused: no late look
         model, (loss_of, calls) = _network(), _go_wrong({3})
-        with pytest.raises(
-            FloatingPointError, match="epoch 1, step 3: loss not finite: extra, loss; .* set on_nonfinite"
-        ):
+        with pytest.raises(FloatingPointError, match="step 3: loss not finite: extra, loss; .* set on_nonfinite"):
             learn(model, loss_of, _Shuffled(_points(), 8), _plan(), optimiser=adam)
         assert len(calls) == seen and _same(calls[2][1], model.state_dict())
 

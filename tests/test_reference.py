@@ -4,8 +4,10 @@ The second implementation is `benchmarks/plain.py`, written from the equations. 
 small models whose every parameter and statistic is moved off its start.
 """
 
+import inspect
 import math
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,10 +17,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from phattn.data.images import ImageSet, normalise
-from phattn.evaluation import measure
-from phattn.model import HardAttention, ModelConfig
-from phattn.policy import EIG, expected_information_gain, look
-from phattn.training import LOSSES, Recipe, prepare, train_phase
+from phattn.evaluation import cost, evaluate, looking_cost, measure, predict
+from phattn.flows import ConditionalFlow
+from phattn.glimpse import GlimpseNetwork
+from phattn.model import CONFIGS, HardAttention, ModelConfig
+from phattn.partial_vae import Decoder, Encoder, PartialVAE
+from phattn.policy import EIG, POLICIES, View, expected_information_gain, look, oracle
+from phattn.recurrence import Classifier
+from phattn.training import LOSSES, Recipe, prepare, recipe, train_phase
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
 # image, glimpse, stride, channels: 5×5 places; 4×4; and 3×3 of grey glimpses whose stride is not half a side
@@ -150,9 +156,12 @@ def test_samples(model, reference):
         close(model.vae.log_prob(z, h), log_q)
 
 
-def test_imagination(model, reference):
+def test_imagination(model, reference, monkeypatch):
     z = normal(5, 4)
-    close(model.vae.decoder(z), reference.decode(z).flatten(2).transpose(1, 2))
+    expected = reference.decode(z).flatten(2).transpose(1, 2)
+    close(model.vae.decoder(z), expected)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    close(model.vae.decoder(z), expected)
 
 
 def test_bound(model, reference):
@@ -178,15 +187,36 @@ def test_gain(model, reference):
         close(gain[number], reference.gain(h[number, None], draws[:, number]))
 
 
+def test_look_ahead(model, reference):
+    h, features = normal(BATCH, 7), normal(2, BATCH, model.grid.count, 6)
+    would = model.look_ahead(features, h).log_softmax(-1)
+    for k in range(2):
+        for number in range(BATCH):
+            dream = features[k, number].T.view(1, 6, model.grid.n, model.grid.n)
+            close(would[k, number], reference.ahead(dream, h[number, None]))
+
+
+def test_oracle(model, reference):
+    (images, _), h = batch(model), normal(BATCH, 7)
+    now = model.classifier(h).log_softmax(-1)
+    seen = torch.zeros(BATCH, model.grid.count, dtype=torch.bool)
+    scores = oracle(View(model, h, now, seen, images))
+    for number in range(BATCH):
+        would = reference.ahead(reference.cnn(images[number, None]), h[number, None])
+        close(scores[number], (would.exp() * (would - now[number])).sum(-1))
+
+
 def test_first_loss(model, reference):
     images, labels = batch(model)
     learning = prepare(model, "first")
     with Recorder() as recorder:
-        loss, _ = LOSSES["first"](model, images, labels, Recipe(phase="first", epochs=1, looks=30))
+        loss, log = LOSSES["first"](model, images, labels, Recipe(phase="first", epochs=1, looks=30))
     (locations,) = recorder.draws["randint"]
     last = model.config.image - model.config.glimpse
     assert all(set(part.tolist()) == set(range(last + 1)) for part in locations.flatten(0, 1).T)  # any pixel
     same_gradients(model, reference, loss, reference.first(images, labels, locations), learning)
+    right = model(images, locations).argmax(-1) == labels[:, None]  # the statistics of a batch are used again
+    assert log["cross-entropy"] == loss.detach() and torch.equal(log["accuracy"], right.float().mean(0))
 
 
 @pytest.mark.parametrize("elbo_steps", [None, 2])
@@ -194,7 +224,7 @@ def test_second_loss(model, reference, elbo_steps):
     images, labels = batch(model)
     learning = prepare(model, "second")
     with Recorder() as recorder:
-        loss, _ = LOSSES["second"](
+        loss, log = LOSSES["second"](
             model, images, labels, Recipe(phase="second", epochs=1, looks=LOOKS, elbo_steps=elbo_steps)
         )
     (order,), (steps,), (draws,) = (recorder.draws[name] for name in ("rand", "randperm", "randn"))
@@ -202,6 +232,8 @@ def test_second_loss(model, reference, elbo_steps):
     places, steps = order.argsort(descending=True)[:, :LOOKS], steps[:elbo_steps].tolist()
     expected = reference.second(images, places, steps, draws.view(BATCH, len(steps), -1))
     same_gradients(model, reference, loss, expected, learning)
+    close(log["bound"], -loss.detach())
+    close(log["log_prior"] + log["log_likelihood"] - log["log_posterior"], log["bound"])
 
 
 @pytest.mark.parametrize("elbo_steps", [None, 2])
@@ -209,7 +241,7 @@ def test_third_loss(model, reference, elbo_steps):
     images, labels = batch(model)
     learning = prepare(model, "third")
     with Recorder() as recorder:
-        loss, _ = LOSSES["third"](
+        loss, log = LOSSES["third"](
             model, images, labels, Recipe(phase="third", epochs=1, looks=LOOKS, elbo_steps=elbo_steps, ccebal=16.0)
         )
     (places,), (steps,), (*choosing, draws) = (recorder.draws[name] for name in ("randint", "randperm", "randn"))
@@ -218,6 +250,8 @@ def test_third_loss(model, reference, elbo_steps):
     choosing = torch.stack([one.view(BATCH, -1) for one in choosing], 1)
     expected = reference.third(images, labels, places, choosing, steps, draws.view(BATCH, len(steps), -1), ccebal=16.0)
     same_gradients(model, reference, loss, expected, learning)
+    close(16.0 * log["cross-entropy"] - log["bound"], loss.detach())
+    assert log["accuracy"].shape == (LOOKS,)
 
 
 def test_look(model, reference):
@@ -229,6 +263,9 @@ def test_look(model, reference):
     assert torch.equal(trace.candidates, expected)
     close(trace.log_probs, log_probs)
     close(trace.scores.flatten(2), gains)
+    close(trace.entropy, -(log_probs.exp() * log_probs).sum(-1))
+    again = look(model, images, EIG(3), LOOKS, first=places)
+    assert torch.equal(again.candidates[:, 0], places) and torch.equal(again.log_probs[:, 0], trace.log_probs[:, 0])
 
 
 def test_first_looks_are_anywhere(model):
@@ -308,7 +345,9 @@ def test_second_phase_starts_the_flow(model):
         return [torch.stack([y.mean(0).abs().max(), y.std(0).log().abs().max()]) for y in found]
 
     assert all(off.max() > 1 for off in outputs())
-    train_phase(model, data, Recipe(phase="second", epochs=1, batch=32, looks=LOOKS, lr=1e-30))
+    state = torch.get_rng_state()
+    train_phase(model, data, Recipe(phase="second", epochs=1, batch=128, looks=LOOKS, lr=1e-30))
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(off.max() < 0.5 for off in outputs())
     assert all(norm.started for norm in model.vae.flow.norms)
     assert all(torch.equal(weights[name], value) for name, value in model.named_parameters() if name in weights)
@@ -318,6 +357,7 @@ def test_measures_by_hand():
     torch.manual_seed(0)
     log_probs, labels = torch.randn(300, 2, 4).mul(2).log_softmax(-1), torch.randint(4, (300,))
     found = measure(log_probs, labels)
+    assert all(type(value) is float for values in found.values() for value in values)
     for t in range(2):
         right, surprise, bins = 0, 0.0, [[] for _ in range(15)]
         for beliefs, label in zip(log_probs[:, t].tolist(), labels.tolist()):
@@ -329,3 +369,58 @@ def test_measures_by_hand():
         assert found["accuracy"][t] == pytest.approx(right / 300)
         assert found["nll"][t] == pytest.approx(surprise / 300)
         assert found["ece"][t] == pytest.approx(sum(abs(sum(gaps)) for gaps in bins) / 300)
+
+
+@pytest.mark.parametrize(
+    "name, classes, image, glimpse, features, latent, hidden, layers",
+    [
+        ("svhn", 10, 32, 8, 128, 256, 512, 4),
+        ("cifar10", 10, 32, 8, 128, 256, 512, 4),
+        ("cinic10", 10, 32, 8, 128, 256, 512, 4),
+        ("cifar100", 100, 32, 8, 512, 1024, 2048, 6),
+        ("tinyimagenet", 200, 64, 16, 512, 1024, 2048, 6),
+    ],
+)
+def test_sizes_of_the_paper(name, classes, image, glimpse, features, latent, hidden, layers):
+    sizes = dict(classes=classes, image=image, glimpse=glimpse, features=features, latent=latent, hidden=hidden)
+    rest = dict(flow_layers=layers, channels=(64, 128, 256), bins=5, decoder_convolutions=6, dropout=0.5, in_channels=3)
+    assert CONFIGS[name] == ModelConfig(**sizes, **rest)
+    assert CONFIGS[name].grid.count == 49 and CONFIGS[name].grid.stride == glimpse // 2
+    with torch.device("meta"):
+        model = HardAttention(CONFIGS[name])
+    widths = [layer.out_channels for layer in model.glimpse.cnn.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == [64, 128, 256, *[256] * (glimpse // 2 - 4), features]
+    assert [norm.normalized_shape[0] for norm in model.vae.decoder.norms] == [3, 5, 7, 7, 7, 7, 7, 7]
+    assert len(model.vae.flow.splines) == layers and model.vae.flow.splines[0].network.outputs == 3 * 5 - 1
+
+
+def test_parts_are_by_themselves_as_in_the_paper():
+    with torch.device("meta"):
+        model = HardAttention(CONFIGS["cifar10"])
+        parts = dict(
+            glimpse=GlimpseNetwork(model.grid),
+            classifier=Classifier(512, 10),
+            vae=PartialVAE(Encoder(512, 128, 256), ConditionalFlow(256, 128, 4), Decoder(7, 256, 128)),
+        )
+    for name, part in parts.items():
+        usual = getattr(model, name)
+        assert repr(part) == repr(usual)
+        assert {key: value.shape for key, value in part.state_dict().items()} == {
+            key: value.shape for key, value in usual.state_dict().items()
+        }
+    assert {layer.bound for layer in model.vae.flow.splines} == {5.0}
+
+
+def test_looking_is_by_itself_as_in_the_paper():
+    assert EIG() == POLICIES["eig"] == EIG(20)
+    for function in (look, predict, evaluate, cost, looking_cost):
+        assert inspect.signature(function).parameters["looks"].default == 7
+    assert inspect.signature(look).parameters["policy"].default == EIG(20)
+
+
+def test_recipes_of_the_paper():
+    for phase, epochs, ccebal in (("first", 1000, 1), ("second", 100, 1), ("third", 100, 16)):
+        found = recipe("svhn", phase)
+        assert (found.epochs, found.lr, found.batch, found.looks, found.schedule) == (epochs, 1e-3, 64, 7, "plateau")
+        assert (found.elbo_steps, found.augment, found.bf16, found.compile) == (None, False, False, False)
+        assert found.ccebal == ccebal and recipe("cifar10", phase) == replace(found, augment=True)

@@ -27,11 +27,9 @@ def test_state_and_weights_come_back(tmp_path):
     load_weights(other, weights)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     (tmp_path / "history.json").write_text("[")
-    with (
-        Run(tmp_path, {"lr": 1}, resume=True) as run,
-        pytest.raises(ValueError, match="history.json is no whole history"),
-    ):
-        run.finished(other, 1)
+    with Run(tmp_path, {"lr": 1}, resume=True) as run:
+        with pytest.raises(ValueError, match="history.json is no whole history"):
+            run.finished(other, 1)
 
 
 def test_a_broken_state_falls_back_to_the_one_before(tmp_path):
@@ -91,11 +89,8 @@ def test_a_vanished_folder_is_not_made_again(tmp_path):
     with Run(tmp_path / "run", {}) as run:
         run.keep({"epoch": 1})
         (tmp_path / "run").rename(tmp_path / "moved")
-        for step in (
-            lambda: run.keep({"epoch": 2}),
-            lambda: run.log(2, {}),
-            lambda: run.finish(nn.Linear(1, 1), 2, []),
-        ):
+        steps = lambda: run.keep({"epoch": 2}), lambda: run.log(2, {}), lambda: run.finish(nn.Linear(1, 1), 2, [])
+        for step in steps:
             with pytest.raises(FileNotFoundError, match="run has vanished while training"):
                 step()
     assert not (tmp_path / "run").exists() and load_tensors(tmp_path / "moved" / "state.safetensors") == {"epoch": 1}
@@ -162,14 +157,7 @@ def test_json_that_is_broken_is_named(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=said):
             Run(tmp_path, {}, resume=True)
-    for text in (
-        "{}",
-        "[[]]",
-        '[{"lr": 1}]',
-        '[{"loss": "low"}]',
-        '[{"loss": true}]',
-        '[{"loss": 1, "accuracy": [{}]}]',
-    ):
+    for text in ("{}", "[[]]", '[{"lr": 1}]', '[{"loss": "low"}]', '[{"loss": true}]', '[{"loss": 1, "a": [{}]}]'):
         with pytest.raises(ValueError, match="a history must"):
             check_history(json.loads(text))
     assert check_history([{"loss": 1, "accuracy": [0.5]}]) == [{"loss": 1, "accuracy": [0.5]}]

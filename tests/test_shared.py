@@ -31,6 +31,10 @@ def test_the_batches_of_all_processes_are_those_of_one(augmented):
             assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
             assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
         assert [len(part) for part in parts] == [len(alone)] * count
+    with _as(1, 2):
+        shuffled = deal(data, cpu).shuffled(12, augmented)
+        ours = [images for images, _ in shuffled.epoch(5)]
+    assert len(shuffled) == len(ours) and all(torch.equal(mine, whole[6:]) for mine, (whole, _) in zip(ours, alone))
 
 
 def test_a_share_comes_shuffled_and_knows_the_whole():

@@ -23,7 +23,7 @@ from phattn.data.scenes import digits
 from phattn.data.datasets import DATASETS
 Path("pid" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
 DATASETS["digits"] = lambda split, datapath, *, seed, **_: digits(split, seed=seed, size=96)
-small = ["--dataset=digits", "--epochs={EPOCHS}", "--T=4", "--batch=32", "--lr=1e-4"]
+small = ["--dataset=digits", "--no-fast", "--epochs={EPOCHS}", "--T=4", "--batch=32", "--lr=1e-4"]
 sys.exit(main(["train", *small, *sys.argv[1:]]))
 """
 DOUBLE = """

@@ -258,7 +258,7 @@ def _one_line(box: str) -> str:
     if len(rules) < 2:
         return " ".join(box.split())
     body, rest = lines[rules[0] + 1 : rules[1]], lines[rules[1] :]  # the title is on the first rule, or above it
-    text = re.sub(r"^Error parsing \S+: ", "", " ".join(body).rstrip("."))  # what a record says, as it says it
+    text = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(body).rstrip("."))  # what a record says, as it says it
     parts = [text, *(line for line in rest if line.startswith("Available"))]
     if "Perhaps you meant:" in rest:
         parts.append(f"perhaps you meant {rest[rest.index('Perhaps you meant:') + 1]}")

@@ -239,7 +239,8 @@ def _phase(
     asked = asdict(chosen) | {"dataset": options.dataset, "model": asdict(model.config)}
     asked |= {"pretrain_checkpoint": str(options.pretrain_checkpoint), "data": data["train"].fingerprint()}
     del asked["on_nonfinite"]  # may change when a run that met a bad step is resumed
-    with Run(folder, asked, options.resume) if rank() == 0 else nullcontext() as run:
+    header = {"config": asked["model"], "dataset": options.dataset, "phases": chosen.phase}
+    with Run(folder, asked, options.resume, header) if rank() == 0 else nullcontext() as run:
         if done := from_first(lambda: run.finished(model, chosen.epochs)):
             return done
         watch = [_Watch(_some(data["test"], 250, options.seed), chosen, run)] if run else []

@@ -75,9 +75,19 @@ class Gain(nn.Module):
         return scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(seen, -torch.inf)
 
 
+def _check_own(model: HardAttention) -> None:
+    """Refuse what the files could not say: they begin at zeros, and draw by the Partial VAE's own way."""
+    kind = type(model.vae)
+    if isinstance(model.vae, PartialVAE) and (kind.imagine, kind.sample) != (PartialVAE.imagine, PartialVAE.sample):
+        raise ValueError(f"vae: {kind.__name__} has a way to imagine of its own, which can't be written to a file")
+    if model.recurrence.start(1).any():
+        raise ValueError("recurrence: a state that does not start at zeros can't be written to a file")
+
+
 def parts(model: HardAttention) -> dict[str, nn.Module]:
     """The three parts of a model, plain and in eval mode on the CPU; the model is left as it is."""
-    model = plain(deepcopy(model)).cpu().eval()
+    model = plain(deepcopy(model)).cpu().float().eval()
+    _check_own(model)
     return {"glimpse": Glimpse(model), "belief": Belief(model), "gain": Gain(model)}
 
 # %% ../../nbs/apps/export.ipynb #a7c963dd
@@ -267,8 +277,8 @@ Made by `phattn export`. Each part is a function of tensors; B, the batch, and P
 
 | part | takes | gives |
 |---|---|---|
-| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column; top left) | f B×{features} |
-| belief | f B×{features}, h B×{hidden} (zeros before the first look) | next_h B×{hidden}, log_probs B×{classes} |
+| glimpse | images float32 B×{channels}×{image}×{image}, location int64 B×2 (row, column) | f B×{features} |
+| belief | f B×{features}, h B×{hidden} (at first 0) | next_h B×{hidden}, log_probs B×{classes} |
 | gain | h B×{hidden}, log_probs B×{classes}, seen bool B×{count}, {noise} | {what} |
 
 Pixels are {pixels}. `model.json` lists the {count} candidates and all sizes.{usage}
@@ -276,8 +286,9 @@ The `.pt2` files: `torch.export.load("gain.pt2").module()(h, log_probs, seen, no
 """
 _USAGE = """
 
-`python look.py IMAGES.npy` looks at images (uint8 B×{channels}×{image}×{image}) with the `.onnx` files; `look.py` needs numpy and
-onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a picture:
+`python look.py IMAGES.npy` looks at images (uint8 B×{channels}×{image}×{image}) with the `.onnx` files; `look.py` needs
+numpy and onnxruntime, and is short enough to be read, changed, or written again in another language. An array from a
+picture:
 
     np.asarray(PIL.Image.open(path).convert("{mode}").resize(({image}, {image}))).{turn}
 """

@@ -182,7 +182,8 @@ class ImageSet(_Batched):
 
     def grey(self) -> "ImageSet":
         """The same set in grey; one that is grey already stays as it is."""
-        return ImageSet(grey(self.images) if self.channels == 3 else self.images, self.labels, self.names)
+        parts = [self.images] if self.channels == 1 else [grey(part) for part in self.images.split(4096)]
+        return ImageSet(torch.cat(parts), self.labels, self.names)
 
     def __getitem__(self, index: slice | Tensor) -> "ImageSet":
         """The images that `index` picks: a slice, or a 1-D tensor of int64 or of bool."""

@@ -64,9 +64,9 @@ def share(batch: int) -> slice:
 _SHAPED = (torch.rand, torch.randn, torch.randint)
 _LIKE = (torch.rand_like, torch.randn_like, torch.randint_like)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-_REFUSED = (torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, F.gumbel_softmax)
 _IN_PLACE = ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
-_REFUSED += tuple(getattr(Tensor, f"{name}_") for name in _IN_PLACE) + (Tensor.bernoulli, Tensor.multinomial)
+_REFUSED = [torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, Tensor.bernoulli, Tensor.multinomial]
+_REFUSED += [F.gumbel_softmax, *(getattr(Tensor, f"{name}_") for name in _IN_PLACE)]
 
 
 def _drawn(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
@@ -136,8 +136,8 @@ def _images_in(draw: Draw, other: Draw, each: int) -> int | None:
         if len(apart) == 1 and (shape[apart[0]], shape_then[apart[0]]) == (each, each + 1):
             return apart[0]
     raise ValueError(
-        f"a loss draws a tensor of shape {shape} for {each} images, and {shape_then} for one more: one dimension must be "
-        "the images, and each step must draw the same in the same order"
+        f"a loss draws a tensor of shape {shape} for {each} images, and {shape_then} for one more: one dimension must "
+        "be the images, and each step must draw the same in the same order"
     )
 
 # %% ../../nbs/engine/distributed.ipynb #0db3c514
@@ -145,13 +145,13 @@ class _Sum(torch.autograd.Function):
     """The sum over all processes; its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Sum.apply(gradient)
 
 
@@ -198,13 +198,13 @@ class OneBatch(TorchFunctionMode):
 
     Args:
         batch: images of the whole batch.
-        one_more: what the same code draws for one row more, by `draws_for_one_more`. When not given, the first dimension
-            of each draw must be the images.
+        one_more: what the same code draws for one row more, by `draws_for_one_more`. When not given, the first
+            dimension of each draw must be the images.
 
     Raises:
-        ValueError: for a batch without equal shares; and within, for a draw whose images can't be told, or by a function
-            that is not known. Warning: draws inside of larger functions (alpha dropout; dropout of attention, or of
-            recurrent layers) are not seen.
+        ValueError: for a batch without equal shares; and within, for a draw whose images can't be told, or by a
+            function that is not known. Warning: draws inside of larger functions (alpha dropout; dropout of attention,
+            or of recurrent layers) are not seen.
     """
 
     def __init__(self, batch: int, one_more: list[Draw] | None = None) -> None:
@@ -251,7 +251,8 @@ class _Spread(nn.Module):
             return
         rows = average({"rows": torch.tensor(float(len(inputs)), device=inputs.device)})["rows"].item()
         if rows != len(inputs):
-            raise ValueError(f"each process must give equally many rows of a batch, got {len(inputs)}, on average {rows}")
+            each = f"got {len(inputs)}, on average {rows}"
+            raise ValueError(f"each process must give equally many rows of a batch, {each}")
         self.heard[len(inputs)] = draws_for_one_more(self.loss, self.model, inputs, labels, plan)
 
     def forward(self, inputs: Tensor, labels: Tensor, plan: Any) -> tuple[Tensor, dict[str, Tensor]]:

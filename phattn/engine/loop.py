@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .distributed import average, distribute, from_first, rank, world_size
-from .records import check_choice, check_int, check_number
+from .records import check_bool, check_choice, check_int, check_number
 from .runs import Run, check_history
 from .weights import fit, save_tensors
 
@@ -61,6 +61,7 @@ class Plan:
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_int("seed", self.seed, least=-math.inf)
         check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
+        check_bool("bf16", self.bf16)
 
     @property
     def title(self) -> str:
@@ -79,7 +80,7 @@ def _steps(batches: Iterable) -> int:
         steps = len(batches)
     except TypeError:
         kind = type(batches).__name__
-        raise TypeError(f"batches must have a length and be there in each epoch, like a DataLoader, got {kind}") from None
+        raise TypeError(f"batches must have a length and be there in each epoch, as a DataLoader, got {kind}") from None
     if not steps:
         raise ValueError("batches: there is none; is a batch larger than the data?")
     return steps
@@ -126,8 +127,13 @@ class _Guard:
     """Keeps what is not finite away from the weights, and tells where it came from."""
 
     def __init__(
-        self, model: nn.Module, learning: Sequence[Tensor], optimiser: torch.optim.Optimizer, plan: Plan, run: Run | None
-    ):
+        self,
+        model: nn.Module,
+        learning: Sequence[Tensor],
+        optimiser: torch.optim.Optimizer,
+        plan: Plan,
+        run: Run | None,
+    ) -> None:
         self.model, self.optimiser, self.plan, self.run = model, optimiser, plan, run
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.learning = [(names.get(id(parameter), "a parameter"), parameter) for parameter in learning]
@@ -182,7 +188,7 @@ def _keep_batch(guard: _Guard, step: _Step, kind: str, names: list[str]) -> str:
     """Write `nonfinite.safetensors` into the run's folder, if there is a run; returns what to say of it."""
     if not guard.run:
         return ""
-    record = {"inputs": step.batch[0], "labels": step.batch[1], "model": guard.model.state_dict(), "random": step.random}
+    record = dict(zip(("inputs", "labels"), step.batch)) | {"model": guard.model.state_dict(), "random": step.random}
     record |= {"title": guard.plan.title, "epoch": step.epoch + 1, "step": step.number, "seed": guard.plan.seed}
     record |= {"rank": rank(), "processes": world_size(), "kind": kind, "names": names}
     path = guard.run.folder / "nonfinite.safetensors"
@@ -356,14 +362,14 @@ def learn(
     Args:
         model: what `loss` takes first; in the mode to train in, and with several processes the same in each
             (`phattn.engine.distributed.match`).
-        loss: (model, inputs, labels, plan) -> a scalar, the mean over the batch, and detached tensors to log: scalars, or
-            one number a look.
-        batches: of (inputs, labels), tensors, which are moved to the model's device; with a length, and there in each epoch,
-            as a DataLoader (without a generator of its own) is. If they have a method `epoch`, it is given a seed for each
-            epoch. With several processes each gives its own rows of the same batches, equally many.
+        loss: (model, inputs, labels, plan) -> a scalar, the mean over the batch, and detached tensors to log: scalars,
+            or one number a look.
+        batches: of (inputs, labels), tensors, which are moved to the model's device; with a length, and there in each
+            epoch, as a DataLoader (without a generator of its own) is. If they have a method `epoch`, it is given a
+            seed for each epoch. With several processes each gives its own rows of the same batches, equally many.
         plan: how. Its `lr` is for the default optimiser only.
-        parameters: those that learn, of which each must get a gradient. When not given: those of a ready-made optimiser,
-            or all of the model that require a gradient.
+        parameters: those that learn, of which each must get a gradient. When not given: those of a ready-made
+            optimiser, or all of the model that require a gradient.
         optimiser: one ready made, or what makes it from the list of parameters; Adam when not given.
         run: folder to log to, keep states in, and resume from; with several processes in that of rank 0 only.
         callbacks: each called after each epoch with its number (from 1), the model and the epoch's record. What it

@@ -134,7 +134,7 @@ class Events:
         epoch: the first; what an interrupted run wrote of it and later is taken back.
     """
 
-    def __init__(self, folder: Path, epoch: int):
+    def __init__(self, folder: Path, epoch: int) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog  # heavy imports, only when a run writes
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -206,7 +206,7 @@ class Run:
         options: dict[str, Any],
         resume: bool = False,
         header: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         self.folder, self.header = Path(folder), header or {}
         self._events: Events | None = None
         self._lock = lock(folder)
@@ -244,7 +244,7 @@ class Run:
         _keep_state(self.folder, state)
 
     def events(self, epoch: int) -> Events:
-        """The events of this folder; if they are begun now, an interrupted run's of `epoch` and later are taken back."""
+        """The events of this folder; begun now, they take back what an interrupted run wrote of `epoch` and later."""
         if self._events is None:
             self._events = Events(self.folder, epoch)
         return self._events

@@ -83,8 +83,8 @@ def save_tensors(value: Any, path: str | PathLike) -> None:
     """Write a value that holds tensors to a safetensors file, whole or not at all.
 
     Args:
-        value: dictionaries (with keys of str and int), lists and tuples, inside one another, of tensors, numbers, bools,
-            str and None. They come back as they are, on the CPU; tensors that share memory come back apart.
+        value: dictionaries (with keys of str and int), lists and tuples, inside one another, of tensors, numbers,
+            bools, str and None. They come back as they are, on the CPU; tensors that share memory come back apart.
         path: the file; missing folders are made, an older file is replaced.
 
     Raises:
@@ -170,8 +170,8 @@ def save_weights(tensors: dict[str, Tensor], path: str | PathLike, header: dict[
     Args:
         tensors: name -> tensor, as `state_dict()` gives them.
         path: the file; missing folders are made, an older file is replaced.
-        header: what the file says of itself: under "config" what JSON can hold, under all else text. The version of this
-            package is added.
+        header: what the file says of itself: under "config" what JSON can hold, under all else text. The version of
+            this package is added.
 
     Raises:
         TypeError: for a header that `read_header` would refuse.

@@ -232,7 +232,7 @@ def _ask(case: Case | None) -> bool:
 
 def choices() -> list[str]:
     """What was chosen so far in this process, a line for each case that occurred."""
-    return [f"{case}: {choice}" for case, choice in _CHOICES.items()]
+    return [f"{case}: {choice}" for case, choice in list(_CHOICES.items())]
 
 # %% ../../nbs/fast/parts.ipynb #83aa3b2f
 def _ordinary(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
@@ -264,6 +264,8 @@ class FastConvTranspose2d(nn.ConvTranspose2d):
 def _untouched(part: nn.Module) -> bool:
     """Whether nobody has hung anything on a part: hooks, or a `forward` of its own."""
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    everywhere = torch.nn.modules.module
+    hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks, everywhere._global_backward_hooks)
     return not any(hooks) and "forward" not in vars(part)
 
 

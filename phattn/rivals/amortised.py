@@ -79,6 +79,21 @@ class AmortisedEIG(nn.Module):
                 return super().__call__(given.h).exp()
         return super().__call__(given)
 
+# %% ../../nbs/rivals/amortised.ipynb #dc7446d6
+def _regress(
+    network: AmortisedEIG, h: Tensor, target: Tensor, known: Tensor, epochs: int, lr: float, batch: int
+) -> None:
+    optimiser = torch.optim.Adam(network.parameters(), lr)
+    steps = epochs * -(-len(h) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
+    for _ in range(epochs):
+        for part in torch.randperm(len(h), device=h.device).split(batch):
+            error = (network(h[part]) - target[part]).square() * known[part]
+            optimiser.zero_grad()
+            (error.sum() / known[part].sum()).backward()
+            optimiser.step()
+            schedule.step()
+
 # %% ../../nbs/rivals/amortised.ipynb #ea2e6372
 def distil(
     h: Tensor,
@@ -113,18 +128,3 @@ def distil(
         network = AmortisedEIG(h.shape[1], maps.shape[1]).to(h.device)
         _regress(network, h, maps.clamp_min(1e-6).log(), (~seen).float(), epochs, lr, batch)
     return network.requires_grad_(False)
-
-
-def _regress(
-    network: AmortisedEIG, h: Tensor, target: Tensor, known: Tensor, epochs: int, lr: float, batch: int
-) -> None:
-    optimiser = torch.optim.Adam(network.parameters(), lr)
-    steps = epochs * -(-len(h) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
-    for _ in range(epochs):
-        for part in torch.randperm(len(h), device=h.device).split(batch):
-            error = (network(h[part]) - target[part]).square() * known[part]
-            optimiser.zero_grad()
-            (error.sum() / known[part].sum()).backward()
-            optimiser.step()
-            schedule.step()

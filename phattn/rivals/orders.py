@@ -35,6 +35,19 @@ class FixedOrder:
         scores[list(self.places)] = -torch.arange(len(self.places), dtype=scores.dtype, device=scores.device)
         return scores.expand(view.seen.shape)
 
+# %% ../../nbs/rivals/orders.ipynb #2db5d8e5
+def _likelihood_of_next(
+    model: HardAttention, f: Tensor, h: Tensor, first: Tensor, labels: Tensor, batch: int
+) -> Tensor:
+    """Mean log-likelihood of the labels after one more look, for each place: f M×N×nf, h M×nh, first M -> N."""
+    total = f.new_zeros(f.shape[1])
+    for part in torch.arange(len(f), device=f.device).split(batch):
+        after = model.recurrence(f[part], h[part, None])
+        after[torch.arange(len(part)), first[part]] = h[part]
+        log_probs = model.classifier(after).float().log_softmax(-1)
+        total += log_probs.gather(-1, labels[part, None, None].expand(-1, f.shape[1], 1)).sum((0, 2))
+    return total / len(f)
+
 # %% ../../nbs/rivals/orders.ipynb #e889cd74
 def best_fixed_order(
     model: HardAttention,
@@ -75,16 +88,3 @@ def best_fixed_order(
             after = model.recurrence(f[:, order[-1]], h)
             h = h.where((first == order[-1])[:, None], after)
     return FixedOrder(tuple(order))
-
-
-def _likelihood_of_next(
-    model: HardAttention, f: Tensor, h: Tensor, first: Tensor, labels: Tensor, batch: int
-) -> Tensor:
-    """Mean log-likelihood of the labels after one more look, for each place: f M×N×nf, h M×nh, first M -> N."""
-    total = f.new_zeros(f.shape[1])
-    for part in torch.arange(len(f), device=f.device).split(batch):
-        after = model.recurrence(f[part], h[part, None])
-        after[torch.arange(len(part)), first[part]] = h[part]
-        log_probs = model.classifier(after).float().log_softmax(-1)
-        total += log_probs.gather(-1, labels[part, None, None].expand(-1, f.shape[1], 1)).sum((0, 2))
-    return total / len(f)
