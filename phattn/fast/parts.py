@@ -113,7 +113,7 @@ def _run(way: Way, case: Case, given: list[Tensor]) -> list[Tensor]:
     y, wanted = way(case, *given), [one for one in given if one.requires_grad]
     return [y, *(torch.autograd.grad(y, wanted, torch.ones_like(y)) if wanted else ())]
 
-
+# %% ../../nbs/fast/parts.ipynb #a843c606
 def proven(case: Case, way: Way = ours, most: float = 10.0) -> bool:
     """Whether the errors of a way, of values and gradients, are at most so many times those of the library."""
     both, maps = (True, True), min(case.maps, 16)
@@ -171,7 +171,7 @@ class Choice(NamedTuple):
         winner = "ours" if self.taken else "the library's"
         return f"{winner} (ours {1e3 * self.ours:.2f} ms, the library's {1e3 * self.library:.2f} ms)"
 
-
+# %% ../../nbs/fast/parts.ipynb #5223bbff
 def choose(case: Case) -> Choice:
     """Prove, and race what is proven."""
     with _apart():
@@ -191,7 +191,7 @@ def _watched() -> bool:
     watching = _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack() is not None
     return watching or torch.is_autocast_enabled("cpu") or torch.are_deterministic_algorithms_enabled()
 
-
+# %% ../../nbs/fast/parts.ipynb #79d35b19
 def _case(x: Tensor, weight: Tensor, transposed: bool = False, places: int = 0, repeat: bool = False) -> Case | None:
     """The case of a call; None where there is nothing to choose."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _watched():
@@ -218,7 +218,7 @@ def _case(x: Tensor, weight: Tensor, transposed: bool = False, places: int = 0, 
     rest = (2 ** (maps.bit_length() - 1), last, gradients, threads, places, repeat, whole)
     return Case(transposed, channels, side, *rest)
 
-
+# %% ../../nbs/fast/parts.ipynb #e3ab8327
 def _ask(case: Case | None) -> bool:
     """Whether ours is the way for a case; the first time that it occurs there is a race."""
     if case is None:
@@ -229,7 +229,7 @@ def _ask(case: Case | None) -> bool:
                 _CHOICES[case] = choose(case)
     return case in _CHOICES and _CHOICES[case].taken
 
-
+# %% ../../nbs/fast/parts.ipynb #ce040ffd
 def choices() -> list[str]:
     """What was chosen so far in this process, a line for each case that occurred."""
     return [f"{case}: {choice}" for case, choice in list(_CHOICES.items())]
@@ -283,7 +283,7 @@ def _keep(layer: nn.Module, x: Tensor) -> Tensor:
         return _convolve(layer, x)
     return (ours if _ask(case) else library)(case, maps, layer.weight, layer.bias).movedim(1, -1)
 
-
+# %% ../../nbs/fast/parts.ipynb #89986dc7
 class FastDecoder(Decoder):
     """A `Decoder` that borders no maps and leaves out what nobody asks for of its last layer, where that is faster."""
 
@@ -347,7 +347,7 @@ _FAST: dict[type, type] = {
     GlimpseNetwork: FastGlimpseNetwork,
 }
 
-
+# %% ../../nbs/fast/parts.ipynb #22331790
 def accelerate(model: nn.Module) -> list[str]:
     """Give the parts of a model that have one a faster way to the same numbers, in place.
 
