@@ -1,14 +1,14 @@
 """Edge cases of `phattn.flows`, which would crowd its page, nbs/04_flows.ipynb."""
 
-from phattn.flows import ConditionalFlow
-from phattn.flows import SplineLayer
-from phattn.flows import spline_parameters
-from test_flows import random_flow
-from test_flows import randomise
-from torch.autograd.functional import jacobian
 import math
+
 import pytest
 import torch
+from test_flows import random_flow, randomise
+from torch.autograd.functional import jacobian
+
+from phattn.flows import ConditionalFlow, SplineLayer, spline_parameters
+
 
 def test_splines_stay_in_float32_under_autocast():
     layer = randomise(SplineLayer(6, 4)).float()
@@ -21,6 +21,7 @@ def test_splines_stay_in_float32_under_autocast():
     assert (j.triu(1) == 0).all()
     assert (j.diagonal().log().sum() - logdet).abs() < 1e-3
 
+
 def test_save_and_load_give_the_same_numbers():
     flow = random_flow(4, 8, 2)
     torch.manual_seed(0)
@@ -31,6 +32,7 @@ def test_save_and_load_give_the_same_numbers():
     assert all(torch.equal(p, q) for p, q in zip(flow(x, a), fresh(x, a), strict=True))
     assert not any(name.endswith(".mask") for name in flow.state_dict())
 
+
 @pytest.mark.slow
 def test_compiles_into_one_graph():
     flow = random_flow(8, 4, 2)
@@ -39,10 +41,19 @@ def test_compiles_into_one_graph():
     for ours, theirs in zip(flow(x, a), compiled(x, a), strict=True):
         torch.testing.assert_close(ours, theirs)
 
+
 @pytest.mark.parametrize(
     "name, value",
-    [("dims", 0), ("context", 0), ("layers", 0), ("bins", 1), ("bins", 501), ("bound", -1.0), ("bound", math.inf),
-     ("dims", 2.5)],
+    [
+        ("dims", 0),
+        ("context", 0),
+        ("layers", 0),
+        ("bins", 1),
+        ("bins", 501),
+        ("bound", -1.0),
+        ("bound", math.inf),
+        ("dims", 2.5),
+    ],
 )
 def test_bad_sizes_are_named(name, value):
     sizes = {"dims": 4, "context": 8, "layers": 1} | {name: value}
@@ -62,6 +73,7 @@ def test_bad_inputs_are_named():
             flow.start(bad, torch.zeros(len(bad), 8))
     with pytest.raises(ValueError, match="3K-1"):
         spline_parameters(torch.zeros(13), 5.0)
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
