@@ -4,6 +4,7 @@ The second implementation is `benchmarks/plain.py`, written from the equations. 
 small models whose every parameter and statistic is moved off its start.
 """
 
+import inspect
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -16,9 +17,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from phattn.data.images import ImageSet, normalise
-from phattn.evaluation import measure
+from phattn.evaluation import cost, evaluate, looking_cost, measure, predict
+from phattn.flows import ConditionalFlow
+from phattn.glimpse import GlimpseNetwork
 from phattn.model import CONFIGS, HardAttention, ModelConfig
-from phattn.policy import EIG, View, expected_information_gain, look, oracle
+from phattn.partial_vae import Decoder, Encoder, PartialVAE
+from phattn.policy import EIG, POLICIES, View, expected_information_gain, look, oracle
+from phattn.recurrence import Classifier
 from phattn.training import LOSSES, Recipe, prepare, recipe, train_phase
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
@@ -151,9 +156,12 @@ def test_samples(model, reference):
         close(model.vae.log_prob(z, h), log_q)
 
 
-def test_imagination(model, reference):
+def test_imagination(model, reference, monkeypatch):
     z = normal(5, 4)
-    close(model.vae.decoder(z), reference.decode(z).flatten(2).transpose(1, 2))
+    expected = reference.decode(z).flatten(2).transpose(1, 2)
+    close(model.vae.decoder(z), expected)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    close(model.vae.decoder(z), expected)
 
 
 def test_bound(model, reference):
@@ -255,6 +263,9 @@ def test_look(model, reference):
     assert torch.equal(trace.candidates, expected)
     close(trace.log_probs, log_probs)
     close(trace.scores.flatten(2), gains)
+    close(trace.entropy, -(log_probs.exp() * log_probs).sum(-1))
+    again = look(model, images, EIG(3), LOOKS, first=places)
+    assert torch.equal(again.candidates[:, 0], places) and torch.equal(again.log_probs[:, 0], trace.log_probs[:, 0])
 
 
 def test_first_looks_are_anywhere(model):
@@ -346,6 +357,7 @@ def test_measures_by_hand():
     torch.manual_seed(0)
     log_probs, labels = torch.randn(300, 2, 4).mul(2).log_softmax(-1), torch.randint(4, (300,))
     found = measure(log_probs, labels)
+    assert all(type(value) is float for values in found.values() for value in values)
     for t in range(2):
         right, surprise, bins = 0, 0.0, [[] for _ in range(15)]
         for beliefs, label in zip(log_probs[:, t].tolist(), labels.tolist()):
@@ -380,6 +392,30 @@ def test_sizes_of_the_paper(name, classes, image, glimpse, features, latent, hid
     assert widths == [64, 128, 256, *[256] * (glimpse // 2 - 4), features]
     assert [norm.normalized_shape[0] for norm in model.vae.decoder.norms] == [3, 5, 7, 7, 7, 7, 7, 7]
     assert len(model.vae.flow.splines) == layers and model.vae.flow.splines[0].network.outputs == 3 * 5 - 1
+
+
+def test_parts_are_by_themselves_as_in_the_paper():
+    with torch.device("meta"):
+        model = HardAttention(CONFIGS["cifar10"])
+        parts = dict(
+            glimpse=GlimpseNetwork(model.grid),
+            classifier=Classifier(512, 10),
+            vae=PartialVAE(Encoder(512, 128, 256), ConditionalFlow(256, 128, 4), Decoder(7, 256, 128)),
+        )
+    for name, part in parts.items():
+        usual = getattr(model, name)
+        assert repr(part) == repr(usual)
+        assert {key: value.shape for key, value in part.state_dict().items()} == {
+            key: value.shape for key, value in usual.state_dict().items()
+        }
+    assert {layer.bound for layer in model.vae.flow.splines} == {5.0}
+
+
+def test_looking_is_by_itself_as_in_the_paper():
+    assert EIG() == POLICIES["eig"] == EIG(20)
+    for function in (look, predict, evaluate, cost, looking_cost):
+        assert inspect.signature(function).parameters["looks"].default == 7
+    assert inspect.signature(look).parameters["policy"].default == EIG(20)
 
 
 def test_recipes_of_the_paper():
