@@ -261,7 +261,8 @@ def _one_line(box: str) -> str:
     text = " ".join(body).rstrip(".")
     if own := re.match(r"Error parsing (?!--)\S+: (.*)", text):  # what a record says of its fields
         return own[1]
-    text = re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \[(.+?)\]\. .*", r"\1 must be \2, got \3", text)
+    mistyped = r"^Error parsing (\S+): no type matching (\S+) .* from \[(.+?)\]\. .*"
+    text = re.sub(mistyped, r"\1 must be \2, got \3", text)
     parts = [text, *(line for line in rest if line.startswith("Available"))]
     if "Perhaps you meant:" in rest:
         parts.append(f"perhaps you meant {rest[rest.index('Perhaps you meant:') + 1]}")
