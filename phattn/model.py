@@ -245,6 +245,15 @@ class HardAttention(nn.Module):
         return load_model(cls, pretrained()[name], classes, names, parts)
 
 # %% ../nbs/05_model.ipynb #9ac8337c
+PARTS = ("glimpse", "recurrence", "classifier", "vae")
+
+def _check_parts(parts: dict[str, Any]) -> None:
+    for name, part in parts.items():
+        check_choice("a part", name, PARTS)
+        if part is not None and not isinstance(part, nn.Module):
+            raise TypeError(f"{name} must be a module, got {type(part).__name__}")
+
+
 def usual_glimpse(config: ModelConfig) -> GlimpseNetwork:
     """F with the sizes of a configuration."""
     return GlimpseNetwork(config.grid, config.channels, config.features, config.in_channels)
@@ -273,9 +282,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 # %% ../nbs/05_model.ipynb #847c303c
-PARTS = ("glimpse", "recurrence", "classifier", "vae")
-
-
 def own_parts(model: HardAttention) -> dict[str, str]:
     """The parts of a model that are not the usual ones of its configuration, in and out: name -> class."""
     with torch.device("meta"):
@@ -351,13 +357,6 @@ def load_model(
     if classes is not None or names:
         model = _for_other_classes(model, len(names) if classes is None else classes, tuple(names))
     return model.eval()
-
-
-def _check_parts(parts: dict[str, Any]) -> None:
-    for name, part in parts.items():
-        check_choice("a part", name, PARTS)
-        if part is not None and not isinstance(part, nn.Module):
-            raise TypeError(f"{name} must be a module, got {type(part).__name__}")
 
 
 def _for_other_classes(model: HardAttention, classes: int, names: tuple[str, ...]) -> HardAttention:
