@@ -79,13 +79,15 @@ class ModelConfig:
 
 # %% ../nbs/05_model.ipynb #62388002
 _LARGEST = dict(image=1024, glimpse=1024, classes=2**20, features=2**14, latent=2**14, hidden=2**14)
-_LARGEST |= dict(bins=500, decoder_convolutions=100, in_channels=4)  # far above any use
+_LARGEST |= dict(bins=500, decoder_convolutions=100)  # far above any use
 
 
 def _check_sizes(config: ModelConfig) -> None:
     for name, most in _LARGEST.items():
         check_int(name, getattr(config, name), most=most)
     check_int("flow_layers", config.flow_layers, 0, 100)
+    check_int("in_channels", config.in_channels)
+    check_choice("in_channels", config.in_channels, (1, 3))
     if config.stride is not None:
         check_int("stride", config.stride, most=1024)
     for name, kind in (("channels", int), ("names", str)):
