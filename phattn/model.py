@@ -79,13 +79,15 @@ class ModelConfig:
 
 # %% ../nbs/05_model.ipynb #62388002
 _LARGEST = dict(image=1024, glimpse=1024, classes=2**20, features=2**14, latent=2**14, hidden=2**14)
-_LARGEST |= dict(bins=500, decoder_convolutions=100, in_channels=4)  # far above any use
+_LARGEST |= dict(bins=500, decoder_convolutions=100)  # far above any use
 
 
 def _check_sizes(config: ModelConfig) -> None:
     for name, most in _LARGEST.items():
         check_int(name, getattr(config, name), most=most)
     check_int("flow_layers", config.flow_layers, 0, 100)
+    check_int("in_channels", config.in_channels)
+    check_choice("in_channels", config.in_channels, (1, 3))
     if config.stride is not None:
         check_int("stride", config.stride, most=1024)
     for name, kind in (("channels", int), ("names", str)):
@@ -245,6 +247,15 @@ class HardAttention(nn.Module):
         return load_model(cls, pretrained()[name], classes, names, parts)
 
 # %% ../nbs/05_model.ipynb #9ac8337c
+PARTS = ("glimpse", "recurrence", "classifier", "vae")
+
+def _check_parts(parts: dict[str, Any]) -> None:
+    for name, part in parts.items():
+        check_choice("a part", name, PARTS)
+        if part is not None and not isinstance(part, nn.Module):
+            raise TypeError(f"{name} must be a module, got {type(part).__name__}")
+
+
 def usual_glimpse(config: ModelConfig) -> GlimpseNetwork:
     """F with the sizes of a configuration."""
     return GlimpseNetwork(config.grid, config.channels, config.features, config.in_channels)
@@ -273,9 +284,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 # %% ../nbs/05_model.ipynb #847c303c
-PARTS = ("glimpse", "recurrence", "classifier", "vae")
-
-
 def own_parts(model: HardAttention) -> dict[str, str]:
     """The parts of a model that are not the usual ones of its configuration, in and out: name -> class."""
     with torch.device("meta"):
@@ -351,13 +359,6 @@ def load_model(
     if classes is not None or names:
         model = _for_other_classes(model, len(names) if classes is None else classes, tuple(names))
     return model.eval()
-
-
-def _check_parts(parts: dict[str, Any]) -> None:
-    for name, part in parts.items():
-        check_choice("a part", name, PARTS)
-        if part is not None and not isinstance(part, nn.Module):
-            raise TypeError(f"{name} must be a module, got {type(part).__name__}")
 
 
 def _for_other_classes(model: HardAttention, classes: int, names: tuple[str, ...]) -> HardAttention:

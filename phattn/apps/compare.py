@@ -35,7 +35,7 @@ class CompareOptions(LearnOptions):
         training_seeds: a model is trained from each.
         seeds: of the first looks when testing; each model and policy is tested with each.
         policies: which are compared: names, or MODULE:FUNCTION for your own; all that `phattn.apps.policies` lists
-            when not given.
+            when not given. What was tested under a name is kept: give a function that you changed another name.
         name: of the folder under results/; the data set's name when not given.
     """
 

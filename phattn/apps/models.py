@@ -36,12 +36,14 @@ def find_weights(name: str | Path) -> Path:
     if path.is_dir():
         last = sorted(path.glob("weights_f_*.*"), key=_epochs)[-1:]
         path = next((found for found in (path / "model.safetensors", *last) if found.is_file()), path)
-    for found in (path, path.with_suffix(".safetensors"), path.with_suffix(".pth")):
+    endings = (".safetensors", ".pth") if path.name else ()
+    beside = [path.with_suffix(end) for end in endings] + [path.with_name(path.name + end) for end in endings]
+    for found in (path, *beside):
         if found.is_file():
             return found
     place = path if path.is_dir() else path.parent
-    beside = sorted(file.name for kind in ("*.safetensors", "*.pth") for file in place.glob(kind))
-    there = f"; in {place} there are {', '.join(beside)}" if beside else ""
+    others = sorted(file.name for kind in ("*.safetensors", "*.pth") for file in place.glob(kind))
+    there = f"; in {place} there are {', '.join(others)}" if others else ""
     raise FileNotFoundError(
         f"no weights {str(name)!r}: give a pretrained name ({', '.join(pretrained())}), a run folder, or a "
         f".safetensors or .pth file{there}"

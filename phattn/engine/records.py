@@ -53,11 +53,11 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse what is not one of a few words: a ValueError that lists them."""
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse what is not one of a few words or numbers: a ValueError that lists them."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 # %% ../../nbs/engine/records.ipynb #7f6b10c1
 def from_json(kind: type[Record], given: dict[str, Any]) -> Record:
