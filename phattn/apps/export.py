@@ -64,7 +64,7 @@ class Gain(nn.Module):
             raise ValueError(f"vae is a {kind}: only a PartialVAE, with any flow, takes its noise as an input")
         self.model = deepcopy(model)
         if isinstance(self.model.glimpse, GlimpseNetwork):
-            self.model.glimpse.cnn = nn.Identity()
+            self.model.glimpse.cnn = nn.Identity().eval()
 
     def forward(self, h: Tensor, log_probs: Tensor, seen: Tensor, noise: Tensor) -> Tensor:
         """State B×nh, log p(y|h) B×classes, places seen bool B×N, normal noise P×B×nz -> EIG B×N, nats; seen: -inf."""
