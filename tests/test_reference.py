@@ -268,6 +268,24 @@ def test_look(model, reference):
     assert torch.equal(again.candidates[:, 0], places) and torch.equal(again.log_probs[:, 0], trace.log_probs[:, 0])
 
 
+def test_draws_come_from_the_generator_that_is_given(model):
+    h, (images, _) = normal(BATCH, 7), batch(model)
+    features, seen = normal(BATCH, model.grid.count, 6), torch.ones(BATCH, model.grid.count, dtype=torch.bool)
+    draws = [
+        lambda generator: model.grid.random_locations(BATCH, LOOKS, generator),
+        lambda generator: model.grid.random_candidates(BATCH, LOOKS, generator),
+        lambda generator: model.vae.sample(h, 2, generator)[0],
+        lambda generator: model.vae.imagine(h, 2, generator),
+        lambda generator: model.vae.elbo(h, features, seen, 2, generator).loss,
+        lambda generator: model.vae.importance_weighted(h, features, seen, 2, generator),
+        lambda generator: look(model, images, EIG(2), 2, generator=generator).scores,
+        lambda generator: look(model, images, POLICIES["random"], LOOKS, generator=generator).candidates,
+    ]
+    for draw in draws:
+        once, again, other = (draw(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert torch.equal(once, again) and not torch.equal(once, other)
+
+
 def test_first_looks_are_anywhere(model):
     images, labels = (part.repeat_interleave(100, 0) for part in batch(model))
     with Recorder() as recorder:
