@@ -325,7 +325,8 @@ def test_plain_computes_the_same_a_batch_at_a_time(plain, model, reference):
 def test_the_answer_drops_channels_in_training(phase, drops):
     torch.manual_seed(0)
     model = HardAttention(ModelConfig(hidden=400, classes=50, features=4, latent=4, channels=(4,), dropout=0.3))
-    prepare(model, phase)
+    prepare(model.eval(), phase)
+    assert model.training and model.vae.training
     with torch.no_grad():
         model.classifier.linear.weight.fill_(1 / 400)
         kept = model.classifier(torch.ones(100, 400)) - model.classifier.linear.bias
