@@ -62,13 +62,20 @@ def step(loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], fused
     return run
 
 
+def once(model: HardAttention, phase: str) -> None:
+    """Put the networks into the mode of a phase, or of looking, unless they are in it: no part of a step."""
+    if getattr(model, "mode", None) != phase:
+        prepare(model, phase) if phase in LOSSES else model.eval()
+        model.mode = phase
+
+
 def training(model: HardAttention, images: torch.Tensor, labels: torch.Tensor, phase: str, plain: bool) -> Work:
-    """A training step of a phase; the networks are put into its mode before each."""
+    """A training step of a phase."""
     recipe, parameters = Recipe(phase=phase, epochs=1, ccebal=16.0, looks=LOOKS), prepare(model, phase)
     theirs = Plain(model) if plain else None
 
     def loss() -> torch.Tensor:
-        prepare(model, phase)
+        once(model, phase)
         if theirs:
             return getattr(theirs, phase)(images, labels, LOOKS)
         return LOSSES[phase](model, images, labels, recipe)[0]
@@ -80,7 +87,7 @@ def looking(model: HardAttention, images: torch.Tensor, samples: int, plain: boo
     """Seven looks with EIG."""
 
     def run() -> None:
-        model.eval()
+        once(model, "looking")
         Plain(model).look(images, LOOKS, samples) if plain else look(model, images, EIG(samples), LOOKS)
 
     return run

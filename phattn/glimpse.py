@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+from .engine.records import check_int
+
 # %% ../nbs/01_glimpse.ipynb #74cac73a
 Device = torch.device | str | None
 
@@ -26,6 +28,7 @@ class Grid:
         stride: distance s between neighbouring candidates, in pixels; g/2 when it is not given.
 
     Raises:
+        TypeError: for sides that are no whole numbers.
         ValueError: for sides that do not fit together, or that leave a rim which no candidate reaches.
     """
 
@@ -34,6 +37,8 @@ class Grid:
     stride: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image", "glimpse"):
+            check_int(name, getattr(self, name))
         if self.glimpse % 2 or not 4 <= self.glimpse <= self.image:
             raise ValueError(f"glimpse must be an even number from 4 to image = {self.image}, got {self.glimpse}")
         if self.stride is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .engine.records import check_int, check_number, from_json
+from .engine.records import check_choice, check_int, check_number, from_json
 from .engine.weights import build, save_weights
 from .flows import ConditionalFlow
 from .glimpse import GlimpseNetwork, Grid
@@ -177,6 +177,7 @@ class HardAttention(nn.Module):
         vae: ImaginationPart | None = None,
     ) -> None:
         super().__init__()
+        _check_parts(dict(glimpse=glimpse, recurrence=recurrence, classifier=classifier, vae=vae))
         self.config, self.grid, self.about = config, config.grid, {}
         self.glimpse = usual_glimpse(config) if glimpse is None else glimpse
         self.recurrence = Recurrence(config.features, config.hidden) if recurrence is None else recurrence
@@ -244,6 +245,15 @@ class HardAttention(nn.Module):
         return load_model(cls, pretrained()[name], classes, names, parts)
 
 # %% ../nbs/05_model.ipynb #9ac8337c
+PARTS = ("glimpse", "recurrence", "classifier", "vae")
+
+def _check_parts(parts: dict[str, Any]) -> None:
+    for name, part in parts.items():
+        check_choice("a part", name, PARTS)
+        if part is not None and not isinstance(part, nn.Module):
+            raise TypeError(f"{name} must be a module, got {type(part).__name__}")
+
+
 def usual_glimpse(config: ModelConfig) -> GlimpseNetwork:
     """F with the sizes of a configuration."""
     return GlimpseNetwork(config.grid, config.channels, config.features, config.in_channels)
@@ -272,19 +282,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 # %% ../nbs/05_model.ipynb #847c303c
-PARTS = {"glimpse": GlimpseNetwork, "recurrence": Recurrence, "classifier": Classifier, "vae": PartialVAE}
-
-
 def own_parts(model: HardAttention) -> dict[str, str]:
-    """The parts of a model that are not the usual ones: name -> class."""
-    found = {}
-    for name, usual in PARTS.items():
-        part = getattr(model, name)
-        foreign = [kind for kind in map(type, part.modules()) if not kind.__module__.startswith(("torch.", "phattn."))]
-        if foreign or not isinstance(part, usual):
-            kind = foreign[0] if foreign else type(part)
-            found[name] = f"{kind.__module__}.{kind.__qualname__}"
-    return found
+    """The parts of a model that are not the usual ones of its configuration, in and out: name -> class."""
+    with torch.device("meta"):
+        usual = HardAttention(model.config)
+    return {
+        name: f"{type(part).__module__}.{type(part).__qualname__}"
+        for name, part in model.named_children()
+        if name in PARTS and not _alike(part, getattr(usual, name))
+    }
+
+
+def _alike(part: nn.Module, usual: nn.Module) -> bool:
+    """Whether a part is made of the same modules, or of drop-ins of this package for them, with the same tensors."""
+    ours, theirs = dict(part.named_modules()), dict(usual.named_modules())
+    if ours.keys() != theirs.keys() or {k: v.shape for k, v in part.state_dict().items()} != {
+        k: v.shape for k, v in usual.state_dict().items()
+    }:
+        return False
+    kinds = [(type(ours[name]), type(theirs[name])) for name in theirs]
+    return all(a is b or (issubclass(a, b) and a.__module__.startswith("phattn.")) for a, b in kinds)
 
 
 def save_model(model: HardAttention, path: str | PathLike, **about: Any) -> None:
@@ -315,7 +332,7 @@ def load_model(
     Args:
         kind: `HardAttention` or a subclass with the same arguments.
         path: the file.
-        classes, names: of another classifier, which starts anew; those of the file when not given.
+        classes, names: of another classifier, which starts anew, whatever their number; the file's when not given.
         parts: the parts of the user's own with which the model was saved; the file's tensors are copied into them.
 
     Raises:
@@ -324,6 +341,9 @@ def load_model(
             saved with parts of the user's own that are not given.
     """
     parts = parts or {}
+    _check_parts(parts)
+    if isinstance(names, str):
+        raise TypeError(f"names must be a tuple of str, got {names!r}")
 
     def make(header: dict[str, Any]) -> HardAttention:
         missing = [part for part in header.get("parts", "").split(", ") if part and part.split()[0] not in parts]
@@ -343,7 +363,10 @@ def _for_other_classes(model: HardAttention, classes: int, names: tuple[str, ...
     if "classifier" in own_parts(model):
         raise ValueError("classes: this model's classifier is the user's own: build one, and give it to HardAttention")
     kept = {name: getattr(model, name) for name in PARTS if name != "classifier"}
-    return type(model)(replace(model.config, classes=classes, names=names), **kept)
+    names = model.config.names if not names and classes == model.config.classes else names
+    other = type(model)(replace(model.config, classes=classes, names=names), **kept)
+    other.about = {**model.about, "classes": "another classifier, untrained"}
+    return other
 
 # %% ../nbs/05_model.ipynb #a7fc09ed
 def pretrained() -> dict[str, Path]:

@@ -35,7 +35,7 @@ def expected_information_gain(model: HardAttention, features: Tensor, h: Tensor,
     Raises:
         ValueError: for a model in training mode.
     """
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("model must be in eval mode: use phattn.model.evaluating")
     would = full_precision(model.look_ahead(features, h)).log_softmax(-1)
     return (would.exp() * (would - log_probs[:, None])).sum(-1).mean(0)
@@ -174,9 +174,9 @@ def look(
         The trace, on the model's device.
 
     Raises:
-        TypeError: for images that are no tensor.
-        ValueError: for images that do not fit the model, or are in [0, 1]; `looks` or `first` out of range; scores of
-            a wrong shape.
+        TypeError: for images or `first` that are no tensors, or a policy that returns none.
+        ValueError: for images that do not fit the model, or (on a CPU) seem to be in [0, 1]; `looks` or `first` out of
+            range; scores of a wrong shape.
     """
     grid, images = model.grid, ready(images, model)
     check_int("looks", looks, 1, grid.count)
@@ -255,15 +255,20 @@ def first_places(first: Tensor | None, batch: int, count: int, generator: torch.
     """Candidates to look at first, long, B: those given, if they are whole numbers below `count`, or random ones."""
     if first is None:
         return torch.randint(count, (batch,), generator=generator, device=generator.device if generator else None)
+    if not isinstance(first, Tensor):
+        raise TypeError(f"first must be a tensor, got {type(first).__name__}")
     whole = not (first.is_floating_point() or first.is_complex() or first.dtype == torch.bool)
+    first = first.long() if whole else first
     if first.shape != (batch,) or not whole or (first < 0).any() or (first >= count).any():
         raise ValueError(f"first must hold {batch} candidates from 0 to {count - 1}, got {first.tolist()}")
-    return first.long()
+    return first
 
 
 def finite_scores(policy: Policy, view: View) -> Tensor:
     """What a policy says, B×N, without NaN and -∞, so that no score ties with a place that is masked."""
     scores = policy(view)
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"a policy must return a tensor of scores, got {type(scores).__name__}")
     if scores.shape != view.seen.shape:
         raise ValueError(f"a policy must return scores {tuple(view.seen.shape)}, got {tuple(scores.shape)}")
     lowest = torch.finfo(torch.float).min

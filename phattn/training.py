@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from .data.images import ImageSet
 from .engine.distributed import match, share
 from .engine.loop import Callback, Loss, Plan, epoch_seed, learn
-from .engine.records import check_choice, check_int, check_number
+from .engine.records import check_bool, check_choice, check_int, check_number
 from .engine.runs import Run
 from .model import HardAttention, evaluating
 from .partial_vae import full_precision
@@ -63,6 +63,8 @@ class Recipe(Plan):
         check_number("ccebal", self.ccebal, 0)
         if self.elbo_steps is not None:
             check_int("elbo_steps", self.elbo_steps)
+        check_bool("augment", self.augment)
+        check_bool("compile", self.compile)
 
     @property
     def title(self) -> str:
@@ -186,7 +188,10 @@ LOSSES: dict[str, Callable[..., Loss]] = {"first": first_loss, "second": second_
 
 
 def prepare(model: HardAttention, phase: Phase) -> list[nn.Parameter]:
-    """Put each network into the phase's mode, and return the parameters that learn in it."""
+    """Put each network into the phase's mode, and return the parameters that learn in it.
+
+    Warning: whether a parameter learns is set here for all of the model, also where it was frozen before.
+    """
     reading = nn.ModuleList([model.glimpse, model.recurrence, model.classifier])
     model.train()
     reading.train(phase != "second").requires_grad_(phase != "second")
@@ -264,6 +269,8 @@ def check(model: HardAttention, data: ImageSet, recipe: Recipe) -> None:
         raise ValueError(f"batch must be at most {len(data)}, the number of training images, got {recipe.batch}")
     if recipe.looks > model.grid.count:
         raise ValueError(f"looks must be from 1 to {model.grid.count}, the number of candidates, got {recipe.looks}")
+    if model.dtype != torch.float32:
+        raise ValueError(f"model must be in float32 to be trained, got {model.dtype}: call model.float()")
     if data.device != model.device:
         raise ValueError(f"data are on {data.device}, the model is on {model.device}: move one with .to()")
     share(recipe.batch)

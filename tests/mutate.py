@@ -257,7 +257,8 @@ class Copy:
             random.seed(0)
             options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
             options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", f"--basetemp={self.folder / 'tmp'}"]
-            files = [f"tests/{test}.py" for test in (f"test_{name}", ALSO)]
+            names = (f"test_{name}", f"test_{name}_edges", ALSO)
+            files = [file for file in (f"tests/{test}.py" for test in names) if os.path.exists(file)]
             status = int(pytest.main([*options, *files], plugins=[watch := Watch(self.times[name])]))
             home = sys.modules["phattn"].__file__
             notes.write_text(json.dumps([watch.failure, watch.durations, list(sys.modules), home]))

@@ -85,7 +85,7 @@ def test_help_explains_every_option(capsys):
 MISTYPED = [
     ("train --epoch=3", "--epochs"),
     ("train --dataset=mnist", "digits"),
-    ("train --T=seven", "--T: invalid literal"),
+    ("train --T=seven", "--T must be {None}.INT, got 'seven'"),
     ("train --augment=maybe", "--augment: .*must be True or False"),
     ("trian", "evaluate"),
     ("compare --seed=1", "seed"),

@@ -69,6 +69,13 @@ def test_imports_go_one_way() -> None:
                 assert allowed, f"{notebook} imports from {made[other]}, which is for speed"
 
 
+def test_no_page_of_the_story_uses_what_is_there_for_speed_or_for_the_command_line() -> None:
+    for notebook in (sync.ROOT / "nbs").glob("[0-9]*.ipynb"):
+        for _, _, code in sync.code_cells(notebook):
+            found = re.findall(r"phattn\.(?:fast|apps)\b|from phattn import (?:fast|apps)\b", code)
+            assert not found, f"{notebook.name} imports {found[0]}"
+
+
 def test_no_imports_go_in_circles() -> None:
     above = {module: imported(module) & set(modules()) for module in modules()}
     while free := [module for module, others in above.items() if not others & set(above)]:

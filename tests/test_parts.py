@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from phattn.fast.parts import _CHOICES, Case, Choice, _case, accelerate, choices, library, ours, plain, proven, race
+from phattn.model import CONFIGS, HardAttention
 from phattn.partial_vae import Decoder
 
 
@@ -262,3 +263,20 @@ def test_a_decoder_with_another_last_layer_or_a_hook_decodes_all():
     decoder.last = nn.Conv2d(32, 32, 3)
     decoder.last.register_forward_hook(lambda module, given, y: 2 * y)
     assert torch.equal(decoder.at(z, places), Decoder.at(decoder, z, places))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_maps_turned_once_give_the_same_features_gradients_and_statistics(training):
+    torch.manual_seed(0)
+    usual = HardAttention(CONFIGS["digits"]).glimpse.train(training)
+    fast, glimpses = copy.deepcopy(usual), torch.randn(4, 5, 3, 8, 8)
+    accelerate(fast)
+    found, expected = (network.pixels(glimpses) for network in (fast, usual))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    direction = torch.randn_like(expected)
+    found.backward(direction), expected.backward(direction)
+    for mine, theirs in zip(fast.parameters(), usual.parameters()):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+    for mine, theirs in zip(fast.buffers(), usual.buffers()):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from phattn.engine.records import check_choice, check_int, check_number, from_json
+from phattn.engine.records import check_bool, check_choice, check_int, check_number, from_json
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,13 @@ def test_ends_of_a_range_belong_to_it():
 def test_what_is_no_number_in_range_is_refused(value, error, said):
     with pytest.raises(error, match=said):
         check_number("x", value, 0, 1)
+
+
+def test_what_is_neither_true_nor_false_is_refused():
+    check_bool("augment", True)
+    for value in ("False", 0, None):
+        with pytest.raises(TypeError, match=f"augment must be True or False, got {value!r}"):
+            check_bool("augment", value)
 
 
 def test_what_is_no_choice_is_refused():

@@ -252,6 +252,8 @@ def test_bad_training_is_refused():
     other = HardAttention(replace(CONFIGS["digits"], classes=200, image=64, glimpse=16, names=()))
     with pytest.raises(ValueError, match="the model takes 200 classes of 64×64"):
         train_phase(other, data, recipe("digits", "first"))
+    with pytest.raises(ValueError, match="must be in float32 to be trained, got torch.float64"):
+        train_phase(HardAttention(CONFIGS["digits"]).double(), data, recipe("digits", "first"))
     with pytest.raises(ValueError, match="colour images, the model takes .* grey images"):
         train_phase(HardAttention(replace(CONFIGS["digits"], in_channels=1)), data, recipe("digits", "first"))
     with pytest.raises(ValueError, match="recipe must be one of paper, hours, minutes, digits, got 'quick'"):
@@ -261,6 +263,9 @@ def test_bad_training_is_refused():
     for name, value in {"epochs": 0, "batch": 1, "looks": 0, "elbo_steps": 0, "ccebal": -1.0}.items():
         with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
             recipe("digits", "first", **{name: value})
+    for name in ("augment", "compile", "bf16"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+            recipe("digits", "first", **{name: "no"})
 
 
 def test_a_bad_step_can_be_done_again(tmp_path):

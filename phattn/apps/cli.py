@@ -258,7 +258,11 @@ def _one_line(box: str) -> str:
     if len(rules) < 2:
         return " ".join(box.split())
     body, rest = lines[rules[0] + 1 : rules[1]], lines[rules[1] :]  # the title is on the first rule, or above it
-    text = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(body).rstrip("."))  # what a record says, as it says it
+    text = " ".join(body).rstrip(".")
+    if own := re.match(r"Error parsing (?!--)\S+: (.*)", text):  # what a record says of its fields
+        return own[1]
+    mistyped = r"^Error parsing (\S+): no type matching (\S+) .* from \[(.+?)\]\. .*"
+    text = re.sub(mistyped, r"\1 must be \2, got \3", text)
     parts = [text, *(line for line in rest if line.startswith("Available"))]
     if "Perhaps you meant:" in rest:
         parts.append(f"perhaps you meant {rest[rest.index('Perhaps you meant:') + 1]}")

@@ -75,9 +75,19 @@ class Gain(nn.Module):
         return scores.nan_to_num(nan=lowest, neginf=lowest).masked_fill(seen, -torch.inf)
 
 
+def _check_own(model: HardAttention) -> None:
+    """Refuse what the files could not say: they begin at zeros, and draw by the Partial VAE's own way."""
+    kind = type(model.vae)
+    if isinstance(model.vae, PartialVAE) and (kind.imagine, kind.sample) != (PartialVAE.imagine, PartialVAE.sample):
+        raise ValueError(f"vae: {kind.__name__} has a way to imagine of its own, which can't be written to a file")
+    if model.recurrence.start(1).any():
+        raise ValueError("recurrence: a state that does not start at zeros can't be written to a file")
+
+
 def parts(model: HardAttention) -> dict[str, nn.Module]:
     """The three parts of a model, plain and in eval mode on the CPU; the model is left as it is."""
-    model = plain(deepcopy(model)).cpu().eval()
+    model = plain(deepcopy(model)).cpu().float().eval()
+    _check_own(model)
     return {"glimpse": Glimpse(model), "belief": Belief(model), "gain": Gain(model)}
 
 # %% ../../nbs/apps/export.ipynb #a7c963dd

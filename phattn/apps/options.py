@@ -18,7 +18,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ..data.datasets import DATASETS
-from ..engine.records import check_choice, check_int
+from ..engine.records import check_bool, check_choice, check_int
 from ..training import PHASES, RECIPES, Phase, Recipe, recipe
 
 # %% ../../nbs/apps/options.ipynb #f35a2fe8
@@ -101,11 +101,16 @@ class MachineOptions(Record):
 
     Args:
         device: auto, cpu, cuda, cuda:1, mps …; auto takes the best there is.
-        fast: put in the faster forms of parts that `phattn.fast` finds on this machine; they give the same numbers.
+        fast: put in the faster forms of parts that `phattn.fast` finds on this machine; they give the same numbers to
+            rounding. With --no-fast a seed gives the same numbers to the last bit.
     """
 
     device: str = "auto"
     fast: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bool("fast", self.fast)
 
 # %% ../../nbs/apps/options.ipynb #3b28a884
 def choose_device(name: str = "auto") -> torch.device:
@@ -228,6 +233,7 @@ class TrainOptions(LearnOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("seed", self.seed, 0, 2**32 - 1)
+        check_bool("resume", self.resume)
         check_choice("training_phase", self.training_phase, ("all", *PHASES))
         if self.training_phase in ("second", "third") and self.pretrain_checkpoint is None:
             raise ValueError(

@@ -127,7 +127,7 @@ def find_policy(name: str, known: Mapping[str, Any]) -> Any:
     except Exception as error:  # whatever a module of the user's own does
         raise ValueError(f"policies: {name!r} can't be imported: {type(error).__name__}: {error}") from error
     policy = getattr(found, function, None)
-    if not callable(policy):
+    if not callable(policy) or isinstance(policy, type):
         there = [other for other, value in vars(found).items() if callable(value) and not other.startswith("_")]
         raise ValueError(f"policies: {module} has no function {function!r}; it has {', '.join(there) or 'none'}")
     return policy

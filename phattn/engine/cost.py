@@ -15,8 +15,7 @@ import torch
 def multiply_accumulates(function: Callable[[], Any]) -> int:
     """Count the multiply-accumulates of the matrix products and convolutions that a function runs.
 
-    Warning: norms, activations, splines and all else that works element by element are left out. A network made faster
-    by `phattn.fast` is counted as it then computes, with fewer products: count the plain one.
+    Warning: norms, activations, splines and all else that works element by element are left out.
 
     Args:
         function: called once, without gradients. With tensors on the device "meta" it counts and computes nothing.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .distributed import average, distribute, from_first, rank, world_size
-from .records import check_choice, check_int, check_number
+from .records import check_bool, check_choice, check_int, check_number
 from .runs import Run, check_history
 from .weights import fit, save_tensors
 
@@ -61,6 +61,7 @@ class Plan:
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_int("seed", self.seed, least=-math.inf)
         check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
+        check_bool("bf16", self.bf16)
 
     @property
     def title(self) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Way', 'Case', 'whole', 'library', 'ours', 'proven', 'race', 'Choice', 'choose', 'choices', 'FastConv2d',
-           'FastConvTranspose2d', 'FastDecoder', 'FastGlimpseNetwork', 'accelerate', 'plain']
+           'FastConvTranspose2d', 'FastDecoder', 'FastBatchNorm2d', 'FastGlimpseNetwork', 'accelerate', 'plain']
 
 # %% ../../nbs/fast/parts.ipynb #db0f8a9d
 import time
@@ -232,7 +232,7 @@ def _ask(case: Case | None) -> bool:
 
 def choices() -> list[str]:
     """What was chosen so far in this process, a line for each case that occurred."""
-    return [f"{case}: {choice}" for case, choice in _CHOICES.items()]
+    return [f"{case}: {choice}" for case, choice in list(_CHOICES.items())]
 
 # %% ../../nbs/fast/parts.ipynb #83aa3b2f
 def _ordinary(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
@@ -264,6 +264,8 @@ class FastConvTranspose2d(nn.ConvTranspose2d):
 def _untouched(part: nn.Module) -> bool:
     """Whether nobody has hung anything on a part: hooks, or a `forward` of its own."""
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    everywhere = torch.nn.modules.module
+    hooks += (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks, everywhere._global_backward_hooks)
     return not any(hooks) and "forward" not in vars(part)
 
 
@@ -310,7 +312,22 @@ class FastDecoder(Decoder):
         features = _keep(self.last, maps).flatten(1, 2).unflatten(0, z.shape[:-1])
         return features.take_along_dim(places[..., None], -2)
 
-# %% ../../nbs/fast/parts.ipynb #27b00549
+# %% ../../nbs/fast/parts.ipynb #a8f3472f
+class FastBatchNorm2d(nn.BatchNorm2d):
+    """An `nn.BatchNorm2d` that takes maps with their channels last as a table of places, on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """B×C×H×W -> the same."""
+        if torch.compiler.is_compiling() or type(self) is not FastBatchNorm2d or input.ndim != 4 or _watched():
+            return super().forward(input)
+        last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        if input.device.type != "cpu" or not last:
+            return super().forward(input)
+        maps = input.permute(0, 2, 3, 1)
+        rows = super().forward(maps.flatten(0, 2)[..., None, None])
+        return rows.flatten(1).view(maps.shape).permute(0, 3, 1, 2)
+
+
 class FastGlimpseNetwork(GlimpseNetwork):
     """A `GlimpseNetwork` whose maps have their channels last in memory, on a CPU."""
 
@@ -325,6 +342,7 @@ class FastGlimpseNetwork(GlimpseNetwork):
 _FAST: dict[type, type] = {
     nn.Conv2d: FastConv2d,
     nn.ConvTranspose2d: FastConvTranspose2d,
+    nn.BatchNorm2d: FastBatchNorm2d,
     Decoder: FastDecoder,
     GlimpseNetwork: FastGlimpseNetwork,
 }
@@ -348,7 +366,9 @@ def accelerate(model: nn.Module) -> list[str]:
     found = []
     for name, part in model.named_modules():
         kind = type(part)
-        if kind in _FAST and _untouched(part) and (kind in (Decoder, GlimpseNetwork) or _ordinary(part)):
+        if kind in (nn.Conv2d, nn.ConvTranspose2d) and not _ordinary(part):
+            continue
+        if kind in _FAST and _untouched(part):
             part.__class__ = _FAST[kind]
             found.append(name)
     return found

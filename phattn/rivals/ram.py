@@ -70,6 +70,11 @@ class RAM(nn.Module):
         """Where the parameters are."""
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float type of the parameters."""
+        return self.model.dtype
+
     def locate(self, h: Tensor) -> Tensor:
         """The mean of the next place: states …×nh -> scaled (row, column), …×2, in (-1, 1)."""
         return self.where(h).float().tanh()

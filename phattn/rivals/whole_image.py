@@ -63,6 +63,11 @@ class WholeImage(nn.Module):
         """Where the parameters are."""
         return self.linear.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float type of the parameters."""
+        return self.linear.weight.dtype
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images B×C×H×W (normalised) -> B×classes."""
         return self.linear(self.cnn(images).mean((-2, -1)))
