@@ -268,6 +268,24 @@ def test_look(model, reference):
     assert torch.equal(again.candidates[:, 0], places) and torch.equal(again.log_probs[:, 0], trace.log_probs[:, 0])
 
 
+def test_draws_come_from_the_generator_that_is_given(model):
+    h, (images, _) = normal(BATCH, 7), batch(model)
+    features, seen = normal(BATCH, model.grid.count, 6), torch.ones(BATCH, model.grid.count, dtype=torch.bool)
+    draws = [
+        lambda generator: model.grid.random_locations(BATCH, LOOKS, generator),
+        lambda generator: model.grid.random_candidates(BATCH, LOOKS, generator),
+        lambda generator: model.vae.sample(h, 2, generator)[0],
+        lambda generator: model.vae.imagine(h, 2, generator),
+        lambda generator: model.vae.elbo(h, features, seen, 2, generator).loss,
+        lambda generator: model.vae.importance_weighted(h, features, seen, 2, generator),
+        lambda generator: look(model, images, EIG(2), 2, generator=generator).scores,
+        lambda generator: look(model, images, POLICIES["random"], LOOKS, generator=generator).candidates,
+    ]
+    for draw in draws:
+        once, again, other = (draw(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert torch.equal(once, again) and not torch.equal(once, other)
+
+
 def test_first_looks_are_anywhere(model):
     images, labels = (part.repeat_interleave(100, 0) for part in batch(model))
     with Recorder() as recorder:
@@ -307,7 +325,8 @@ def test_plain_computes_the_same_a_batch_at_a_time(plain, model, reference):
 def test_the_answer_drops_channels_in_training(phase, drops):
     torch.manual_seed(0)
     model = HardAttention(ModelConfig(hidden=400, classes=50, features=4, latent=4, channels=(4,), dropout=0.3))
-    prepare(model, phase)
+    prepare(model.eval(), phase)
+    assert model.training and model.vae.training
     with torch.no_grad():
         model.classifier.linear.weight.fill_(1 / 400)
         kept = model.classifier(torch.ones(100, 400)) - model.classifier.linear.bias
