@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from phattn.data.images import ImageSet, normalise
-from phattn.evaluation import cost, evaluate, looking_cost, measure, predict
+from phattn.evaluation import cost, evaluate, looking_cost, measure, predict, see_everything, stop_early, summary
 from phattn.flows import ConditionalFlow
 from phattn.glimpse import GlimpseNetwork
 from phattn.model import CONFIGS, HardAttention, ModelConfig
@@ -376,7 +376,8 @@ def test_measures_by_hand():
     torch.manual_seed(0)
     log_probs, labels = torch.randn(300, 2, 4).mul(2).log_softmax(-1), torch.randint(4, (300,))
     found = measure(log_probs, labels)
-    assert all(type(value) is float for values in found.values() for value in values)
+    numbers = [value for values in (found | stop_early(log_probs, labels)).values() for value in values]
+    assert all(type(value) is float for value in numbers)
     for t in range(2):
         right, surprise, bins = 0, 0.0, [[] for _ in range(15)]
         for beliefs, label in zip(log_probs[:, t].tolist(), labels.tolist()):
@@ -388,6 +389,24 @@ def test_measures_by_hand():
         assert found["accuracy"][t] == pytest.approx(right / 300)
         assert found["nll"][t] == pytest.approx(surprise / 300)
         assert found["ece"][t] == pytest.approx(sum(abs(sum(gaps)) for gaps in bins) / 300)
+
+
+def test_everything_is_seen_once(model):
+    model.float()
+    side = model.config.image
+    images = torch.randint(256, (6, model.config.in_channels, side, side), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(6) % 3, tuple("abc"))
+    found, again = see_everything(model, data, seeds=(0, 1), batch=4), see_everything(model, data, seeds=(2,), batch=4)
+    assert set(found) == {"accuracy", "nll", "ece", "stopped looks", "stopped accuracy"}
+    assert 0 <= found["accuracy"] <= 1 and found["stopped looks"] == model.grid.count  # of those that never stop
+    assert found["nll"] != again["nll"]  # another order
+
+
+def test_summary_has_a_row_for_each_policy():
+    lines = summary({"eig": {"accuracy": [0.25, 0.5]}, "random": {"accuracy": [0.125, 1.0]}}).split("\n")
+    assert [line.split() for line in lines] == [
+        ["accuracy,", "%", "t", "=", "1", "t", "=", "2"], ["eig", "25.0", "50.0"], ["random", "12.5", "100.0"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -435,6 +454,7 @@ def test_looking_is_by_itself_as_in_the_paper():
     for function in (look, predict, evaluate, cost, looking_cost):
         assert inspect.signature(function).parameters["looks"].default == 7
     assert inspect.signature(look).parameters["policy"].default == EIG(20)
+    assert all(inspect.signature(one).parameters["seeds"].default == (0,) for one in (evaluate, see_everything))
 
 
 def test_recipes_of_the_paper():
