@@ -84,3 +84,10 @@ def test_flows_of_half_precision_stay_near(dtype):
     exact = flow(x, a)[0]
     z, logdet = flow.to(dtype)(x.to(dtype), a.to(dtype))
     assert z.dtype == logdet.dtype == torch.float32 and (z - exact).abs().mean() < 0.05
+
+
+def test_limits_of_sizes_are_limits():
+    with pytest.raises(ValueError, match="K from 2 to 500"):
+        spline_parameters(torch.zeros(3 * 501 - 1), 5.0)
+    with pytest.raises(ValueError, match="bound must be at most 1000"):
+        SplineLayer(2, 2, bound=1001.0)

@@ -180,3 +180,8 @@ def test_every_configuration_fits_together(name):
 
 def test_no_flow_is_none():
     assert isinstance(HardAttention(replace(CONFIGS["digits"], flow_layers=0)).vae.flow, NoFlow)
+
+
+def test_no_more_flow_layers_than_any_use():
+    with pytest.raises(ValueError, match="flow_layers must be at most 100, got 101"):
+        ModelConfig(flow_layers=101)
