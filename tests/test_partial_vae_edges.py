@@ -4,12 +4,12 @@ import pytest
 import torch
 from test_partial_vae import _bound_and_gradient, _small_vae
 
-from phattn.partial_vae import Decoder, NoFlow, _repeat_border
+from phattn.partial_vae import Decoder, NoFlow, repeat_border
 
 
 def test_border_is_repeated():
     x = torch.arange(4.0).view(1, 1, 2, 2)
-    assert _repeat_border(x)[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert repeat_border(x)[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
 
 
 def test_decoder_sizes():

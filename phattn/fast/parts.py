@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, leaky_relu, linear
+from torch.nn.functional import conv2d, conv_transpose2d, linear
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .convolution import convolve, convolve_at, multiplications
 from ..glimpse import GlimpseNetwork
-from ..partial_vae import Decoder, _convolve, _repeat_border
+from ..partial_vae import Decoder, repeat_border
 
 # %% ../../nbs/fast/parts.ipynb #91bf5232
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _places(case: Case, x: Tensor) -> Tensor:
 
 def library(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The way of the library."""
-    x = _repeat_border(x) if case.repeat else x
+    x = repeat_border(x) if case.repeat else x
     y = (conv_transpose2d if case.transposed else conv2d)(x, weight, bias)
     return y.flatten(2).transpose(1, 2).take_along_dim(_places(case, x)[..., None], 1) if case.places else y
 
@@ -274,42 +274,28 @@ def _plain(layer: nn.Module) -> bool:
     known = type(layer) in (nn.Conv2d, FastConv2d) and layer.kernel_size == (3, 3)
     return known and _ordinary(layer) and _untouched(layer)
 
-
-def _keep(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer of D on maps B×side×side×C, in fewer products with the border folded in where that is faster."""
-    maps = x.movedim(-1, 1)
-    case = _case(maps, layer.weight, repeat=True) if _plain(layer) else None
-    if case is None:
-        return _convolve(layer, x)
-    return (ours if _ask(case) else library)(case, maps, layer.weight, layer.bias).movedim(1, -1)
-
 # %% ../../nbs/fast/parts.ipynb #89986dc7
 class FastDecoder(Decoder):
     """A `Decoder` that borders no maps and leaves out what nobody asks for of its last layer, where that is faster."""
 
-    def _maps(self, z: Tensor) -> Tensor:
-        """All but the last layer: …×nz -> B×side×side×C."""
-        first, *norms = self.norms
-        x = self.start(z.to(self.start.weight.dtype).flatten(0, -2)).unflatten(-1, first.normalized_shape)
-        x = first(leaky_relu(x))
-        for layer, norm in zip([*self.grow, *self.refine], norms):
-            x = norm(leaky_relu(_keep(layer, x)))
-        return x
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Imagined features: latents …×nz, with one or more leading dimensions -> f̃, …×N×nf, N in row-major order."""
-        return _keep(self.last, self._maps(z)).flatten(1, 2).unflatten(0, z.shape[:-1])
+    def convolve(self, layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+        """A layer on maps B×side×side×C, in fewer products with the border folded in where that is faster."""
+        maps = x.movedim(-1, 1)
+        case = _case(maps, layer.weight, repeat=True) if _plain(layer) else None
+        if not _ask(case):
+            return super().convolve(layer, x)
+        return ours(case, maps, layer.weight, layer.bias).movedim(1, -1)
 
     def at(self, z: Tensor, places: Tensor) -> Tensor:
         """Imagined features at some places only: latents …×nz and candidates, long, …×M -> f̃, …×M×nf."""
         if not (_untouched(self) and _plain(self.last)):
             return super().at(z, places)
-        maps, places = self._maps(z), places.expand(*z.shape[:-1], -1)
-        bordered = _repeat_border(maps.movedim(-1, 1))
+        maps, places = self.maps(z), places.expand(*z.shape[:-1], -1)
+        bordered = repeat_border(maps.movedim(-1, 1))
         if _ask(_case(bordered, self.last.weight, places=places.shape[-1])):
             found = convolve_at(bordered, self.last.weight, self.last.bias, places.flatten(0, -2))
             return found.unflatten(0, z.shape[:-1])
-        features = _keep(self.last, maps).flatten(1, 2).unflatten(0, z.shape[:-1])
+        features = self.convolve(self.last, maps).flatten(1, 2).unflatten(0, z.shape[:-1])
         return features.take_along_dim(places[..., None], -2)
 
 # %% ../../nbs/fast/parts.ipynb #a8f3472f
