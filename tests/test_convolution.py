@@ -68,6 +68,34 @@ def test_at_a_few_places_it_is_the_convolution(dtype):
         torch.testing.assert_close(a, b)
 
 
+CHANGES = [lambda w: w.data.mul_(2), lambda w: w.detach().numpy().fill(3), lambda w: w.zero_()]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_changed_is_noticed(change):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 7, 7), torch.randn(4, 4, 3, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.allclose(convolve(x, weight), conv2d(x, weight), atol=1e-4)
+            change(weight)
+        for repeat in (False, True):  # the same weight, asked for otherwise
+            assert convolve(x, weight, repeat=repeat).shape[-1] == (7 if repeat else 5)
+        assert torch.allclose(convolve(x, weight), conv2d(x, weight), atol=1e-4)
+    assert convolve(x, weight.requires_grad_()).requires_grad
+
+
+def test_what_is_kept_goes_with_its_weight():
+    from phattn.fast import convolution
+
+    before, weight = len(convolution._KEPT), torch.randn(4, 4, 3, 3)
+    with torch.no_grad():
+        convolution.convolve(torch.randn(2, 4, 7, 7), weight)
+    assert len(convolution._KEPT) == before + 1
+    del weight
+    assert len(convolution._KEPT) == before
+
+
 def test_what_is_kept_serves_under_any_mode():
     fewer_products.cache_clear()
     with torch.inference_mode(), torch.device("meta"):

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.weak import WeakIdKeyDictionary
 
 # %% ../../nbs/fast/convolution.ipynb #f9556453
 @lru_cache
@@ -106,13 +107,32 @@ def convolve(
     """
     if weight.shape[2:] != (3, 3) or x.ndim != 4 or x.shape[2] != x.shape[3]:
         raise ValueError(f"x must be B×C×side×side and weight …×3×3, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    into, taps, back = (matrix.to(x) for matrix in fewer_products(x.shape[2], transposed, repeat))
-    right = (taps @ weight.flatten(2).flatten(0, 1).T).view(len(taps), *weight.shape[:2])
+    side = x.shape[2]
+    into, taps, back = (matrix.to(x) for matrix in fewer_products(side, transposed, repeat))
+    right = _right(weight, taps, (side, transposed, repeat))
     right = right if transposed else right.transpose(1, 2)
     left = torch.bmm(into.expand(len(x), -1, -1), x.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
     y = torch.bmm(back.expand(len(x), -1, -1), torch.bmm(left, right).transpose(0, 1))
     y = y if bias is None else y.add_(bias)
     return y.unflatten(1, (math.isqrt(len(back)), -1)).permute(0, 3, 1, 2)
+
+# %% ../../nbs/fast/convolution.ipynb #7c1f60ab
+_KEPT = WeakIdKeyDictionary()  # weight -> what it was asked for, its numbers then, and G w
+_LARGEST = 2**22  # numbers, 16 MB
+
+
+def _right(weight: Tensor, taps: Tensor, asked: tuple[int, bool, bool]) -> Tensor:
+    """G w for a weight …×…×3×3: R×…×…; kept while no gradient is wanted, for as long as the weight's numbers last."""
+    if torch.is_grad_enabled() or len(taps) * weight.shape[:2].numel() > _LARGEST:
+        return _times_taps(weight, taps)
+    kept = _KEPT.get(weight)
+    if kept is None or kept[0] != asked or kept[1].dtype != weight.dtype or not torch.equal(kept[1], weight):
+        kept = _KEPT[weight] = asked, weight.detach().clone(), _times_taps(weight, taps)
+    return kept[2]
+
+
+def _times_taps(weight: Tensor, taps: Tensor) -> Tensor:
+    return (taps @ weight.flatten(2).flatten(0, 1).T).view(len(taps), *weight.shape[:2])
 
 # %% ../../nbs/fast/convolution.ipynb #cd1c2fc5
 def multiplications(
