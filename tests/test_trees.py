@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 from PIL import Image
 
-from phattn.data.trees import _number, draw, read_tree
+from phattn.data.trees import _number, drawn, read_tree
 
 
 def write(root, *paths):
@@ -104,12 +104,13 @@ def test_a_part_that_is_missing_is_asked_for(tmp_path):
 
 def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
     write(tmp_path, "x/a/1.png", "x/a/2.png", "x/b/3.png", "x/b/4.png")
-    write(tmp_path, "x/b/n.txt", "x/a/m.txt", "x/c/5.heic", "x/6.png", "x/d/")
+    write(tmp_path, "x/b/n.txt", "x/a/m.txt", "x/c/5.heic", "x/6.png", "x/d/", "x/a/.7.png", "x/a/._1.png")
     for _ in range(2):
         read_tree(tmp_path)
     one, two = (record.getMessage() for record in caplog.records)
     assert one == f"{tmp_path}: the classes are looked for in the one folder with images in it, {tmp_path / 'x'}"
-    for said in (".txt files: 2 (x/a/m.txt, …)", ".heic files: 1 (x/c/5.heic)", "empty folders: 1 (x/d)"):
+    hidden = "hidden pictures: 1 (x/a/.7.png)"
+    for said in (".txt files: 2 (x/a/m.txt, …)", ".heic files: 1 (x/c/5.heic)", "empty folders: 1 (x/d)", hidden):
         assert two.startswith(f"{tmp_path}: left out are ") and said in two
     assert "images outside of all classes: 1 (x/6.png)" in two and "folders without an image: 1 (x/c)" in two
 
@@ -133,9 +134,9 @@ def test_names_of_classes_may_be_anything(tmp_path):
 
 def sides(root, seed=0):
     part = read_tree(root).first
-    both = {split: {path for path, _ in draw(part, split, seed)} for split in ("train", "test")}
+    both = {split: {path for path, _ in drawn(part, split, seed)} for split in ("train", "test")}
     assert not both["train"] & both["test"]
-    assert both["train"] | both["test"] == {file.path for files in part.classes.values() for file in files}
+    assert both["train"] | both["test"] == {file.path for file in part.files()}
     return both
 
 
@@ -182,9 +183,11 @@ def test_large_files_are_told_apart_by_their_ends(tmp_path):
 
 
 def test_few_pictures_are_split_if_they_can_be(tmp_path):
-    for k in range(30):
-        root = write(tmp_path / str(k), f"a/{k}.png", f"a/{k}x.png", f"b/{k}.png", f"b/{k}x.png")
-        try:
-            assert len(sides(root)["test"]) in (1, 2)
-        except ValueError as error:
-            assert re.search("[ab]: all its images are for testing.*: add some, or make train", str(error))
+    for k in range(40):
+        both = sides(write(tmp_path / str(k), f"a/{k}.png", f"a/{k}x.png", f"b/{k}.png", f"b/{k}x.png"))
+        assert 1 <= len(both["test"]) <= 2 and {path.parent.name for path in both["train"]} == {"a", "b"}
+    root = write(tmp_path / "twins", "a/1.png", "b/2.png")
+    for path in ("a/1.png", "b/2.png"):
+        (root / path).with_name("copy.png").write_bytes((root / path).read_bytes())
+    with pytest.raises(ValueError, match="twins: no image is left for testing"):
+        sides(root)
