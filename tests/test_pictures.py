@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phattn.data.pictures import is_picture, open_picture
+from phattn.data.pictures import _strips, is_picture, open_picture, warn_once
 
 
 def save_odd(folder):
@@ -70,6 +70,18 @@ def test_a_range_that_is_not_stated_is_not_guessed(tmp_path, case):
         open_picture(tmp_path / "x.tif")
 
 
+def test_large_pictures_are_taken_in_strips(tmp_path):
+    tall = np.tile(np.arange(700, dtype=np.uint16)[:, None] * 90, (1, 7001))
+    alpha = np.stack([tall // 256, tall // 300], 2).astype(np.uint8)
+    Image.fromarray(tall).save(tmp_path / "16 bits.png", compress_level=1)
+    Image.fromarray(alpha).save(tmp_path / "LA.png", compress_level=1)
+    assert len(list(_strips(Image.fromarray(tall)))) == 2
+    expected = np.rint(tall / 257)[..., None].repeat(3, 2)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "16 bits.png")), expected)
+    on_white = alpha[..., :1] * (alpha[..., 1:] / 255) + (255 - alpha[..., 1:].astype(float))
+    assert np.abs(np.asarray(open_picture(tmp_path / "LA.png", "white")) - on_white).max() <= 1
+
+
 def test_levels_round_to_the_nearest(tmp_path):
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / "x.png")
@@ -122,6 +134,8 @@ def test_a_picture_that_is_lost_on_its_background_is_said(tmp_path, caplog):
         icon.save(tmp_path / name)
         open_picture(tmp_path / name)
         open_picture(tmp_path / name, "white")
+    warn_once(f"{tmp_path} is called a\nb\x1b[2J")
+    assert caplog.records.pop().getMessage() == f"{tmp_path} is called a\ufffdb\ufffd[2J"
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{tmp_path / 'a.png'} shows nothing: on a background of #000000 all of it is that colour")
 

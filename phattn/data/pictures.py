@@ -10,6 +10,7 @@ import io
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -59,33 +60,45 @@ def _full_scale(picture: Image.Image) -> int:
     return 65535 if picture.mode != "I" or picture.format in ("PNG", "PPM") else 255  # older Pillows have them as I
 
 
-def _levels(picture: Image.Image, most: int) -> Image.Image:
-    """Greys of mode F, I or I;16 as greys of 8 bits."""
-    values = np.array(picture)
-    low, high = values.min(), values.max()
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """A picture in strips of a few million pixels, and the row where each begins: as a whole it may be large."""
+    rows = max(1, 2**22 // max(1, picture.width))
+    for top in range(0, picture.height, rows):
+        yield top, picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+
+
+def _check_range(picture: Image.Image, most: int) -> None:
+    """Refuse greys of mode F, I or I;16 whose range is not that of white and black, or can't be."""
+    ends = [(values.min(), values.max()) for _, strip in _strips(picture) for values in [np.asarray(strip)]]
+    low, high = np.min(ends), np.max(ends)
     if picture.mode == "F":
         if not (low >= 0 and high <= 1):  # nan is neither
             raise ValueError(f"its floating-point pixels go from {low:g} to {high:g}; must be within 0 to 1")
-        values *= 255
-        return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
-    if low < 0 or high > most:
+    elif low < 0 or high > most:
         raise ValueError(f"its pixels go from {low} to {high}; must be within 0 to {most}, or save it with 16 bits")
-    if most > 255 and 0 < high <= 255:
+    elif most > 255 and 0 < high <= 255:
         raise ValueError(f"its pixels go to {high}, of {most}, and would all be black with 8 bits; save it with 8 bits")
-    levels = values.astype(np.uint32)
-    levels *= 510  # in place: a picture may be large
-    levels += most
-    levels //= 2 * most
-    return Image.fromarray(levels.astype(np.uint8))
+
+
+def _levels(values: np.ndarray, most: int) -> Image.Image:
+    """Greys of mode F, I or I;16 as greys of 8 bits."""
+    if values.dtype == np.float32:
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) * 510 + most) // (2 * most)).astype(np.uint8))
 
 # %% ../../nbs/data/pictures.ipynb #faf946a1
 def _eight_bits(picture: Image.Image, most: int, inverted: bool) -> Image.Image:
     """Any picture with at most 8 bits per channel."""
     if picture.mode == "F" or picture.mode.startswith("I"):
-        made = _levels(picture, most)
-        made = ImageOps.invert(made) if inverted else made
-        if isinstance(clear := picture.info.get("transparency"), int):
-            made.putalpha(Image.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+        _check_range(picture, most)
+        clear = picture.info.get("transparency")
+        made = Image.new("LA" if isinstance(clear, int) else "L", picture.size)
+        for top, strip in _strips(picture):
+            grey = _levels(np.asarray(strip), most)
+            grey = ImageOps.invert(grey) if inverted else grey
+            if isinstance(clear, int):
+                grey.putalpha(Image.fromarray(np.where(np.asarray(strip) == clear, 0, 255).astype(np.uint8)))
+            made.paste(grey, (0, top))
         return made
     if picture.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -100,7 +113,7 @@ def warn_once(text: str, about: str = "") -> None:
     """Tell the reader something in a line, by the log called "phattn" (on stderr); only once `about` the same thing."""
     if (about or text) not in _SAID:
         _SAID.add(about or text)
-        logging.getLogger("phattn").warning(text)
+        logging.getLogger("phattn").warning(re.sub(r"[\0-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text))  # in names
 
 
 def check_background(background: str) -> tuple[int, int, int]:
@@ -115,8 +128,10 @@ def check_background(background: str) -> tuple[int, int, int]:
 def _to_rgb(picture: Image.Image, colour: tuple[int, int, int], name: str) -> Image.Image:
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    made = Image.alpha_composite(Image.new("RGBA", picture.size, (*colour, 255)), picture).convert("RGB")
+    made = Image.new("RGB", picture.size)
+    for top, strip in _strips(picture):
+        behind = Image.new("RGBA", strip.size, (*colour, 255))
+        made.paste(Image.alpha_composite(behind, strip.convert("RGBA")).convert("RGB"), (0, top))
     if made.getextrema() == tuple((level, level) for level in colour):
         text = f"{name} shows nothing: on a background of #{bytes(colour).hex()} all of it is that colour"
         warn_once(f"{text}; there may be more like it", f"{Path(name).parent} {colour}")
@@ -144,7 +159,8 @@ def open_picture(path: Path | BinaryIO, background: str = "black") -> Image.Imag
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(content, formats=_formats()) as file:
                 most, inverted = _full_scale(file), getattr(file, "tag_v2", {}).get(262) == 0
-                return _to_rgb(_eight_bits(ImageOps.exif_transpose(file), most, inverted), colour, name)
+                ImageOps.exif_transpose(file, in_place=True)
+                return _to_rgb(_eight_bits(file, most, inverted), colour, name)
     except Exception as error:  # Pillow's decoders raise many kinds on a broken file
         why = _unknown(content) if isinstance(error, UnidentifiedImageError) else _plain(error)
         raise ValueError(f"path: {name} can't be read as an image ({why})") from error

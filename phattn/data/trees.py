@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TESTED', 'File', 'files_below', 'Part', 'class_name', 'Tree', 'read_tree', 'drawn']
 
-# %% ../../nbs/data/trees.ipynb #955f544b
+# %% ../../nbs/data/trees.ipynb #de05fff1
 import os
 import re
 import stat
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .pictures import is_picture, warn_once
 
-# %% ../../nbs/data/trees.ipynb #68061723
+# %% ../../nbs/data/trees.ipynb #30db8b1c
 _LITTER = ("__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information")
 _LITTER += ("lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 _RUNS = ({"model.safetensors"}, {".train.lock"}, {"results.json", "table.md"})  # files of a run, and of a comparison
@@ -71,7 +71,7 @@ def _is_figure(path: Path) -> bool:
     with path.open("rb") as file:
         return b"Software\0Matplotlib" in file.read(256)
 
-# %% ../../nbs/data/trees.ipynb #d15a1a72
+# %% ../../nbs/data/trees.ipynb #a8db7632
 def files_below(root: Path) -> list[File]:
     """Everything in a folder and the folders in it, in alphabetic order; folders themselves if they are left out whole.
 
@@ -115,7 +115,7 @@ def _left_out_whole(parts: tuple[str, ...], folders: list[str], names: list[str]
         return f"folders more than {_DEEPEST} folders in"
     return "" if folders or not all(map(_hidden, names)) else "empty folders"
 
-# %% ../../nbs/data/trees.ipynb #08cbffc5
+# %% ../../nbs/data/trees.ipynb #763a7fc2
 @dataclass(frozen=True)
 class Part:
     """Pictures by their class.
@@ -161,7 +161,7 @@ def _part(root: Path, files: list[File]) -> Part:
         classes.setdefault(class_name(folder), []).extend(found)
     return Part(root, dict(sorted(classes.items())))
 
-# %% ../../nbs/data/trees.ipynb #48fc0131
+# %% ../../nbs/data/trees.ipynb #4922a5de
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 
@@ -206,7 +206,7 @@ def _divided(root: Path, tops: dict[str, list[File]]) -> dict[str, str]:
         )
     return found
 
-# %% ../../nbs/data/trees.ipynb #9ee4c554
+# %% ../../nbs/data/trees.ipynb #8a4a7f1e
 @dataclass(frozen=True)
 class Tree:
     """How a folder of pictures is to be read.
@@ -244,7 +244,7 @@ class Tree:
         text = f"there is no folder {missing}, or none with an image; there is {where}: add {missing}/CLASS{cure}"
         raise FileNotFoundError(f"datapath: {text}")
 
-# %% ../../nbs/data/trees.ipynb #94ba70c4
+# %% ../../nbs/data/trees.ipynb #990050d0
 def read_tree(datapath: Path) -> Tree:
     """Find the classes and parts in a folder of pictures.
 
@@ -288,7 +288,7 @@ def _check(tree: Tree) -> None:
             name = min(missing)
             raise ValueError(f"{part.root / name}: no image of class {name}, which {tree.first.root} has")
 
-# %% ../../nbs/data/trees.ipynb #03d8ef20
+# %% ../../nbs/data/trees.ipynb #1897e28b
 def _tell(datapath: Path, tree: Tree, found: list[File]) -> None:
     """Say what is not plain."""
     if tree.root != datapath:
@@ -319,14 +319,15 @@ def _counted(files: list[File]) -> str:
     """How many there are of each kind, and the first of each."""
     counts = Counter(file.why or "images" for file in files)
     first = {file.why or "images": "/".join(file.parts) for file in reversed(files)}
-    said = [f"{why}: {number:,} ({first[why]}{', …' * (number > 1)})" for why, number in counts.most_common(8)]
+    first = {why: name if len(name) <= 80 else f"…{name[-79:]}" for why, name in first.items()}
+    said = [f"{why[:80]}: {number:,} ({first[why]}{', …' * (number > 1)})" for why, number in counts.most_common(8)]
     return "; ".join(said) + (f"; and {len(counts) - 8} other kinds" if len(counts) > 8 else "")
 
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
-# %% ../../nbs/data/trees.ipynb #39c04840
+# %% ../../nbs/data/trees.ipynb #f8348b5b
 _PIECE = 2**19  # bytes
 TESTED = 0.2  # how much is for testing
 
