@@ -156,6 +156,7 @@ def open_picture(path: Path | BinaryIO, background: str = "black") -> Image.Imag
     try:
         content = io.BytesIO(_content(path)) if isinstance(path, Path) else path  # a chunk's length may lie
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd tags and the like; what can't be read is an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(content, formats=_formats()) as file:
                 most, inverted = _full_scale(file), getattr(file, "tag_v2", {}).get(262) == 0
