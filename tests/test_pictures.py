@@ -19,7 +19,7 @@ def save_odd(folder):
     whole = ramp.astype(np.uint16) * 257
     Image.fromarray(whole).save(folder / "16 bits.png")
     Image.fromarray(whole).save(folder / "16 bits.tif")
-    Image.fromarray(whole).save(folder / "16 bits.pgm", "PPM")
+    (folder / "16 bits.pgm").write_bytes(b"P5 256 16 65535\n" + whole.astype(">u2").tobytes())
     Image.fromarray(whole).save(folder / "16 bits.jp2")
     Image.fromarray(65535 - whole).save(folder / "0 is white.tif", tiffinfo={262: 0})
     Image.fromarray(ramp.astype(np.int32)).save(folder / "32 bits.tif")
@@ -27,8 +27,8 @@ def save_odd(folder):
     Image.fromarray(ramp.astype(np.float32) / 255).save(folder / "floats.pfm")
     for mode, name in (("LA", "LA.png"), ("RGBA", "RGBA.webp"), ("P", "palette.png"), ("CMYK", "CMYK.tif")):
         plain.convert(mode).save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
-    for mode, name in (("CMYK", "CMYK.jpg"), ("YCbCr", "YCbCr.jpg"), ("YCbCr", "YCbCr.tif")):
-        plain.convert("RGB").convert(mode).save(folder / name, **({"quality": 98} if name.endswith("jpg") else {}))
+    for mode in ("CMYK", "YCbCr"):
+        plain.convert("RGB").convert(mode).save(folder / f"{mode}.jpg", quality=98)
     (folder / "12 bits.tif").write_bytes(twelve_bits(ramp.astype(np.uint16) * 16 + ramp // 16))
     return sorted(folder.iterdir())
 
@@ -45,7 +45,7 @@ def twelve_bits(values):
 
 def test_the_same_ramp_comes_out_of_every_kind_of_file(tmp_path):
     paths = save_odd(tmp_path)
-    assert len(paths) == 16 and all(map(is_picture, paths))
+    assert len(paths) == 15 and all(map(is_picture, paths))
     for path in paths:
         made = np.asarray(open_picture(path)).astype(int)
         off = 6 if path.suffix == ".jpg" else 3 if "palette" in path.name else 1
