@@ -5,8 +5,9 @@
 
 Each case takes a good file, changes some bytes (flips, cuts, insertions, copies; numbers made huge; inside a zip or
 gzip also with the checksums put right again, in the header of a safetensors file with its length) and lets the package
-read it. It must end in ValueError or OSError, or in
-a right load: never in another exception, a crash, a hang of more than 20 seconds, or 1.5 GB of memory.
+read it. Two kinds are made anew for each case instead: folders of pictures, with odd names in odd places, and .npz
+files with odd arrays. It must end in ValueError or OSError, or in a right load: never in another exception, a crash, a
+hang of more than 20 seconds, or 1.5 GB of memory.
 `tests/test_fuzz.py` does a few hundred.
 """
 
@@ -16,10 +17,12 @@ import faulthandler
 import gzip
 import io
 import json
+import logging
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import tarfile
@@ -36,7 +39,7 @@ import torch
 from PIL import Image
 
 from phattn.data.archives import contents, listing
-from phattn.data.folders import npz
+from phattn.data.folders import folder, npz
 from phattn.data.images import read_image
 from phattn.engine.files import read_json
 from phattn.engine.loop import _resume, _schedule
@@ -77,6 +80,16 @@ def picture(kind: str = "PNG", side: int = 24) -> bytes:
     buffer, pixels = io.BytesIO(), np.random.RandomState(0).randint(0, 256, (side, side, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def deep_picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 2**16, (24, 24)).astype(np.uint16)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def good_tree() -> bytes:
+    return zipped({f"{name}/{k}.png": picture(side=8 + k) for k in range(20) for name in "ab"[k % 2]})
 
 
 def good_npz() -> bytes:
@@ -138,7 +151,90 @@ def good_state() -> bytes:
 HISTORY = [{"loss": 1.5, "accuracy": [0.1, 0.2], "lr": 0.1, "seconds": 2.0}] * 2
 
 
+# --- odd ones, each another
+
+NAMES = ["cat", "dog", "train", "test", "Train", "TEST", "val", "valid", "__MACOSX", "@eaDir", ".hidden", "runs", "a b"]
+NAMES += ["日本", "e\u0301", "\u00e9", "-x", "~", "a\nb", "%s", "x" * 250, "\udce9", "{}", "'\"", " ", "...", "\\"]
+ENDINGS = [".png", ".jpg", ".jfif", ".JPE", ".ppm", ".tif", ".txt", "", ".", ".gz", ".npz", ".part", ".heic", ".h5"]
+FILES = ["model.safetensors", ".train.lock", "Thumbs.db", "look0.png", "._1.png", "metrics.json", ".phattn-x.npy"]
+
+
+def odd_tree(rng: random.Random) -> bytes:
+    """A zip with pictures, damaged pictures and other things under odd names; a name with an arrow is a link."""
+    files, some = {}, [rng.choice(NAMES) for _ in range(rng.randint(1, 5))]
+    for _ in range(rng.choice((0, 3, 20, 20, 60))):
+        parts = [rng.choice(some) for _ in range(rng.choice((0, *[1] * 20, *[2] * 10, 3, 3, 40)))]
+        name = f"{rng.randint(0, 99)}{rng.choice(ENDINGS)}" if rng.random() < 0.9 else rng.choice(FILES)
+        kind, side = rng.choice(("PNG", "JPEG", "PPM", "TIFF", "GIF", "WEBP")), rng.choice((1, 8, 24))
+        content = picture(kind, side) + rng.randbytes(8)  # each another
+        match rng.randrange(40):
+            case 0:
+                content = mutate(content, rng)
+            case 1:
+                name = f"{name}->{rng.choice(('..', '.', '/nowhere', '../..', '/dev/zero'))}"
+            case 2:
+                content, name = b"", rng.choice((name, name + "/"))
+        files["/".join([*parts, name])] = content
+    return zipped({name.encode("utf-8", "surrogateescape").decode("latin1"): held for name, held in files.items()})
+
+
+def odd_arrays(rng: random.Random) -> bytes:
+    """An .npz whose arrays have odd shapes, kinds and values, or odd headers."""
+    some = np.random.RandomState(rng.randrange(2**32))
+    count, side = rng.choice((0, 1, *[12] * 8)), rng.choice((0, 1, 9, *[8] * 7))
+    plain = [(count, side, side, 3), (count, side, side), (count, side, side, 1)]
+    shape = rng.choice((*plain * 3, (count, 3, side, side), (count,), ()))
+    images = some.randint(0, 256, shape).astype(rng.choice((*["u1"] * 12, "i8", "f4", ">u2", "?")))
+    labels = np.arange(count) % 4
+    labels = rng.choice((*[labels] * 12, labels - 1, labels * 70_000, labels * 2**40, labels[None]))
+    arrays = {"images": images, "labels": labels.astype(rng.choice(("i8", "i8", "u1", ">i4", "u8", "f4")))}
+    names = ("abca", ("e\u0301", "\u00e9", "", "x"), (1, 2, 3, 4), (b"\xff", b"b", b"c", b""))
+    names = rng.choice((None, None, "abcd", "abcd", *names))
+    arrays |= {} if names is None else {"names": np.array(list(names))}
+    arrays |= {rng.choice(("more", "names", "a b")): np.array(rng.choice(("a", 1.5)))} if rng.random() < 0.2 else {}
+    buffer = io.BytesIO()
+    order = rng.choice((np.ascontiguousarray, np.asfortranarray))
+    rng.choice((np.savez, np.savez_compressed))(buffer, **{name: order(array) for name, array in arrays.items()})
+    with zipfile.ZipFile(buffer) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    if rng.random() < 0.2:
+        name, number = rng.choice(list(files)), rng.choice((b"1000000000000", b"-3", b"(4,)", b"1e9", b"True", b"0"))
+        files[name] = re.sub(rb"\d+(?=,)", number, files[name][:128], count=1) + files[name][128:]
+    if rng.random() < 0.05:
+        name = rng.choice(list(files))
+        files[name] = files[name][:6] + rng.choice((b"\2\0", b"\3\0", b"\0\0")) + b"\xff\xff\xff\x7f" + bytes(2**22)
+    if rng.random() < 0.05:
+        files[rng.choice(("images", "labels.npy.npy", "../images.npy", "names.npy"))] = bytes(rng.randrange(200))
+    return zipped(files, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
+
+
 # --- readers
+
+
+def read_folder(path: Path) -> None:
+    """Unpack a tree, and read it: no picture may be on both sides, and all that are read have one."""
+    root = path.with_name("tree")
+    root.mkdir()
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            place = os.path.join(os.fsencode(root), member.orig_filename.encode("latin1", "replace"))
+            with contextlib.suppress(OSError, ValueError):  # a name too long, or one that is a folder already
+                unpack(place, archive.read(member))
+    train, test = (folder(split, root, size=8) for split in ("train", "test"))
+    assert train.names == test.names and len(train) and len(test)
+    if not any(held.name.casefold() in ("train", "training") for held in root.rglob("*")):
+        again = folder("test", root, size=8)
+        assert torch.equal(again.images, test.images)
+
+
+def unpack(place: bytes, content: bytes) -> None:
+    place, _, to = place.partition(b"->")
+    os.makedirs(place if place.endswith(b"/") else os.path.dirname(place), exist_ok=True)
+    if to:
+        os.symlink(to, place)
+    elif not place.endswith(b"/"):
+        with open(place, "wb") as file:
+            file.write(content)
 
 
 def read_npz(path: Path) -> None:
@@ -167,12 +263,16 @@ def read_history(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: its name, a good one, what reads it, and what is packed in it: a zip, a gzip, a header."""
+    """A kind of file: its name, a good one, what reads it, and what is packed in it: a zip, a gzip, a header.
+
+    Or it has what makes an odd one for each case.
+    """
 
     name: str
     make: Callable[[], bytes]
     read: Callable[[Path], object]
     wrap: str = ""
+    odd: Callable[[random.Random], bytes] | None = None
 
 
 KINDS = {
@@ -182,6 +282,16 @@ KINDS = {
     "history": Kind("history.json", lambda: json.dumps({"history": HISTORY}).encode(), read_history),
     "png": Kind("a.png", picture, lambda path: read_image(path, 16)),
     "jpeg": Kind("a.jpg", lambda: picture("JPEG"), lambda path: read_image(path, 16)),
+    "tiff": Kind("a.tif", lambda: picture("TIFF"), lambda path: read_image(path, 16)),
+    "16 bits": Kind("a.tif", deep_picture, lambda path: read_image(path, 16)),
+    "gif": Kind("a.gif", lambda: picture("GIF"), lambda path: read_image(path, 16)),
+    "webp": Kind("a.webp", lambda: picture("WEBP"), lambda path: read_image(path, 16)),
+    "ppm": Kind("a.ppm", lambda: picture("PPM"), lambda path: read_image(path, 16)),
+    "jp2": Kind("a.jp2", lambda: picture("JPEG2000"), lambda path: read_image(path, 16)),
+    "bmp": Kind("a.bmp", lambda: picture("BMP"), lambda path: read_image(path, 16)),
+    "tga": Kind("a.tga", lambda: picture("TGA"), lambda path: read_image(path, 16)),
+    "folder": Kind("tree.zip", good_tree, read_folder, odd=odd_tree),
+    "arrays": Kind("train.npz", good_npz, read_npz, odd=odd_arrays),
     "zip": Kind("a.zip", lambda: zipped({"a/1.png": picture(), "b/2.png": picture()}), read_archive, "zip"),
     "tar": Kind("a.tar", lambda: good_tar(False), read_archive),
     "tar.gz": Kind("a.tar.gz", lambda: good_tar(True), read_archive, "gzip"),
@@ -239,7 +349,9 @@ def enlarge(content: bytes, rng: random.Random) -> bytes:
 
 
 def forge(kind: Kind, content: bytes, rng: random.Random) -> bytes:
-    """Change a file, or what is packed in it."""
+    """Change a file, or what is packed in it; or make an odd one."""
+    if kind.odd:
+        return kind.odd(rng)
     if not kind.wrap or rng.random() < 0.4:
         return mutate(content, rng)
     if kind.wrap == "gzip":
@@ -298,15 +410,14 @@ def outcome(kind: str, case: int, folder: Path, good: bytes) -> str:
     finally:
         signal.alarm(0)
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    for file in place.iterdir():
-        file.unlink()
-    place.rmdir()
+    shutil.rmtree(place)
     return f"took {more:.0f} MB" if more > MEGABYTES else found
 
 
 def fuzz(count: int, kinds: list[str], first: int = 0) -> tuple[Counter, list[str]]:
     """Read `count` forged files; returns how they ended by kind, and what went wrong."""
     signal.signal(signal.SIGALRM, hang)
+    logging.getLogger("phattn").addHandler(logging.NullHandler())  # what is told is not looked at
     found, wrong, good = Counter(), [], {kind: KINDS[kind].make() for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:  # untouched, each is read; this also makes the imports, before memory is limited

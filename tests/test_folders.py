@@ -3,9 +3,9 @@
 import math
 import os
 import re
+import shutil
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from phattn.data.folders import folder, folder_size, npz, npz_size
-from phattn.data.images import read_image
+from phattn.data.images import ImageSet, read_image
 
 SHAPES = {"pentagon": (5, 1.0), "square": (4, 1.0), "star": (5, 0.45), "triangle": (3, 1.0)}
 
@@ -66,16 +66,20 @@ def spoil(folder, case):
     """Shapes with one mistake."""
     if case == "no such folder":
         return folder / "nowhere"
-    write_shapes(folder / ("train" if "test" in case else ""), 2)
+    write_shapes(folder / ("train" if "test" in case else ""), 3)
     star = folder / "star"
     if case == "no classes":
         for path in sorted(folder.rglob("*.png")):
             path.rename(folder / f"{path.parent.name}{path.name}")
             path.parent.exists() and not list(path.parent.iterdir()) and path.parent.rmdir()
-    elif case == "empty class":
-        (folder / "circle").mkdir()
     elif case == "one image":
         (star / "001.png").unlink()
+        (star / "002.png").unlink()
+    elif case == "nothing to read":
+        (folder / "circle").mkdir()
+        (folder / "circle" / "0.heic").write_text("a photo of a phone")
+        for shape in SHAPES:
+            shutil.rmtree(folder / shape)
     elif case == "cut short":
         os.truncate(star / "001.png", 300)
     elif case == "not a picture":
@@ -92,7 +96,7 @@ def spoil(folder, case):
 MISTAKES = {
     "no such folder": (FileNotFoundError, "there is no folder .*nowhere"),
     "no classes": (ValueError, "has no folders; there should be one for each class"),
-    "empty class": (ValueError, "circle: no image of class circle; images end in .png"),
+    "nothing to read": (ValueError, "has no folders with images; .* it has .heic files: 1"),
     "one image": (ValueError, "star/000.png: the only image"),
     "cut short": (ValueError, "star/001.png can't be read as an image"),
     "not a picture": (ValueError, "star/001.png can't be read as an image"),
@@ -124,6 +128,11 @@ WRONG = {
     "negative": ({"labels": np.arange(12) % 4 - 1}, "labels go from -1 to 2; must be within 0 to 2"),
     "above the names": ({"names": np.array(["a", "b", "c"])}, "labels go from 0 to 3; must be within 0 to 2"),
     "pickled": ({"images": np.array([{}] * 12)}, "plain arrays.*allow_pickle"),
+    "a label beyond all bounds": ({"labels": np.arange(12) * 10**11}, "labels go to 1,100,000,000,000; classes are"),
+    "more than int64 holds": ({"labels": np.full(12, 2**64 - 1, np.uint64)}, "labels go to 18,446,744,073,709,551,615"),
+    "a name twice": ({"names": np.array(["a", "b", "a", "c"])}, "names has 'a' twice"),
+    "names as floats": ({"names": np.zeros(4)}, "names are float64"),
+    "no pixels": ({"images": np.zeros((12, 0, 0, 3), np.uint8)}, "H = W"),
 }
 
 
@@ -132,15 +141,35 @@ def pixels(path):
 
 
 def test_a_folder_is_split_by_a_seed(tmp_path):
-    write_shapes(tmp_path, 10)
+    write_shapes(tmp_path, 20)
     train, test = folder("train", tmp_path), folder("test", tmp_path)
-    assert (len(train), len(test), train.size) == (32, 8, 48) and train.names == tuple(sorted(SHAPES)) == test.names
-    assert train.labels.bincount().tolist() == [8] * 4 and test.labels.bincount().tolist() == [2] * 4
-    both = torch.cat([train.images, test.images]).flatten(1)
-    every = torch.stack([pixels(path) for path in sorted(tmp_path.rglob("*/*.png"))]).flatten(1)
-    assert torch.equal(both.unique(dim=0), every.unique(dim=0))
+    assert len(train) + len(test) == 80 and 8 <= len(test) <= 24 and train.size == 48
+    assert train.names == tuple(sorted(SHAPES)) == test.names and train.labels.unique().tolist() == [0, 1, 2, 3]
+    for held in (train, test):
+        for image, label in zip(held.images, held.labels.tolist()):
+            assert any(torch.equal(image, pixels(path)) for path in (tmp_path / held.names[label]).iterdir())
+    assert not set(train.digests().tolist()) & set(test.digests().tolist())
     assert torch.equal(folder("test", tmp_path).images, test.images)
-    assert not torch.equal(folder("test", tmp_path, seed=1).images, test.images)
+    assert set(folder("test", tmp_path, seed=1).digests().tolist()) != set(test.digests().tolist())
+
+
+def test_no_image_changes_sides_when_another_comes_or_goes(tmp_path):
+    write_shapes(tmp_path, 10)
+    before = {split: set(folder(split, tmp_path).digests().tolist()) for split in ("train", "test")}
+    for k, shape in enumerate(SHAPES):
+        draw(shape, 7000 + k).save(tmp_path / shape / "000 new.png")
+        (tmp_path / shape / "copy.png").write_bytes((tmp_path / shape / "004.png").read_bytes())
+    after = {split: set(folder(split, tmp_path).digests().tolist()) for split in ("train", "test")}
+    assert all(before[split] <= after[split] for split in before) and not after["train"] & after["test"]
+    gone = {int(image) for path in tmp_path.glob("*/003.png") for image in as_set(path).digests()}
+    for path in tmp_path.glob("*/003.png"):
+        path.unlink()
+    for split in before:
+        assert set(folder(split, tmp_path).digests().tolist()) == after[split] - gone
+
+
+def as_set(path):
+    return ImageSet(pixels(path)[None], torch.tensor([0]), ("it",))
 
 
 def test_a_folder_may_be_split_already(tmp_path):
@@ -154,11 +183,41 @@ def test_a_folder_may_be_split_already(tmp_path):
     assert folder("test", tmp_path, size=32).size == 32
 
 
-def test_a_new_picture_is_noticed(tmp_path):
-    write_shapes(tmp_path, 5)
-    assert len(folder("train", tmp_path)) == 16
-    draw("star", 7).save(tmp_path / "star" / "new.jpg")
-    assert len(folder("train", tmp_path)) == 17
+def test_pictures_count_wherever_they_lie_and_whatever_they_are_called(tmp_path):
+    for part, count in (("train", 3), ("test", 1)):
+        write_shapes(tmp_path / part, count)
+    assert len(folder("train", tmp_path)) == 12
+    star = tmp_path / "train" / "star"
+    (star / "more" / "of").mkdir(parents=True)
+    kinds = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.ppm": "PPM", "d.jp2": "JPEG2000", "e": "PNG", "f.old": "BMP"}
+    kinds |= {"g.pgm": "PPM"}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        picture = draw("star", seed)
+        picture.convert("L" if "pgm" in name else "RGB").save(star / "more" / ("of" if seed % 2 else "") / name, kind)
+    held = folder("train", tmp_path)
+    assert len(held) == 19 and int((held.labels == held.names.index("star")).sum()) == 10
+
+
+def test_a_class_without_test_images_is_told(tmp_path, caplog):
+    write_shapes(tmp_path, 2)
+    tested = folder("test", tmp_path)
+    (said,) = [record.getMessage() for record in caplog.records if "no image is for testing" in record.getMessage()]
+    untested = [name for k, name in enumerate(tested.names) if k not in tested.labels]
+    assert len(tested) > 0 and untested and f"no image is for testing of {', '.join(untested)}" in said
+
+
+def test_what_is_behind_transparent_parts_can_be_chosen(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        icon = Image.new("RGBA", (32, 32))
+        icon.paste("black" if name == "a" else "red", (8, 8, 24, 24))
+        icon.save(tmp_path / "train" / name / "icon.png")
+    black, white = (folder("train", tmp_path, background=colour) for colour in ("black", "white"))
+    assert black.images[0].max() == 0 and white.images[0].max() == 255 and white.images[0, :, 16, 16].max() == 0
+    assert torch.equal(folder("train", tmp_path, background="#000").images, black.images)
+    assert folder("train", tmp_path, background="white", channels=1).images[0, 0, 0, 0] == 255
+    with pytest.raises(ValueError, match="background must be a colour such as black"):
+        folder("train", tmp_path, background="glass")
 
 
 def test_any_size_is_scaled_to_in_colour_or_grey(tmp_path):
@@ -211,7 +270,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} can't be read.*Permission denied"):
         folder("train", tmp_path)
 
@@ -242,6 +301,19 @@ def test_npz_keeps_images_labels_and_names(tmp_path):
     write_npz(tmp_path, names=np.array(["a", "b", "c", "d"]))
     assert npz("train", tmp_path).names == ("a", "b", "c", "d")
     assert npz("train", tmp_path, names=tuple("wxyz+")).names == tuple("wxyz+")
+    assert npz("test", tmp_path).names == ("a", "b", "c", "d")  # those of the training file
+
+
+def test_npz_goes_by_names_and_not_by_numbers(tmp_path):
+    write_npz(tmp_path, names=np.array(["a", "b", "cafe\u0301", "d"]))
+    arrays = write_npz(tmp_path, "test", names=np.array([b"d", "caf\u00e9".encode(), b"a"]), labels=np.arange(12) % 3)
+    held = npz("test", tmp_path)
+    assert held.names == npz("train", tmp_path).names == ("a", "b", "caf\u00e9", "d")
+    assert [held.names[k] for k in held.labels[:3]] == ["d", "caf\u00e9", "a"]
+    assert npz("test", tmp_path, names=("d", "caf\u00e9", "a")).labels.tolist() == arrays["labels"].tolist()
+    write_npz(tmp_path, "test", names=np.array(["a", "b", "x", "y"]))
+    with pytest.raises(ValueError, match=r"test\.npz: names has x, y, which the other file has not; that has a, b"):
+        npz("test", tmp_path)
 
 
 def test_npz_is_scaled_and_turned_grey_on_request(tmp_path):
@@ -279,6 +351,56 @@ def test_npz_that_claims_more_than_it_has_is_refused(tmp_path):
     assert torch.equal(npz("train", tmp_path).images, true.images)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+def test_npz_is_read_in_blocks_as_it_would_be_whole(tmp_path):
+    arrays = write_npz(tmp_path)
+    whole = npz("train", tmp_path).images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(npz.__globals__, "_BLOCK", 5 * 28 * 28 * 3 + 1)
+        for order in (np.ascontiguousarray, np.asfortranarray):
+            write_npz(tmp_path, images=order(arrays["images"]))
+            np.savez_compressed(tmp_path / "test.npz", images=order(arrays["images"][..., 0]), labels=arrays["labels"])
+            assert torch.equal(npz("train", tmp_path).images, whole)
+            assert np.array_equal(npz("test", tmp_path).images[:, 1], arrays["images"][..., 0])
+
+
+def header(descr, shape, length=118):
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x02\x00" + length.to_bytes(4, "little") + text.ljust(117) + b"\n"
+
+
+ZEROS = {
+    "room for fewer": ("labels", header("<i8", "(4000000,)"), 2**25, "not what it has room for"),
+    "more labels": ("labels", header("|u1", f"({2**25},)"), 2**25, r"labels are uint8 \(33554432,\)"),
+    "an endless header": ("images", header("|u1", "(1,)", 2**25), 2**25, "header of 33,554,432 bytes"),
+    "a huge picture": ("images", header("|u1", "(1, 9000, 9000)"), 9000**2, "at most 67,108,864 images of 8192"),
+    "tiny pictures": ("images", header("|u1", f"({2**26 + 1}, 1, 1)"), 2**26 + 1, "at most 67,108,864 images of"),
+    "many names": ("names", header("<U16", f"({2**19},)"), 2**25, "names are <U16"),
+}
+
+
+@pytest.mark.parametrize("case", ZEROS)
+def test_npz_takes_no_memory_for_what_it_will_refuse(tmp_path, case):
+    member, start, zeros, message = ZEROS[case]
+    images, labels = header("|u1", "(2, 8, 8)") + bytes(128), header("|u1", "(2,)") + b"\0\1"
+    with zipfile.ZipFile(tmp_path / "train.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in ({"images": images, "labels": labels} | {member: start + bytes(zeros)}).items():
+            archive.writestr(f"{name}.npy", content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"train\.npz: .*{message}"):
+        npz("train", tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**20, most
+
+
+def test_npz_that_the_disk_has_no_room_for_is_refused_first(tmp_path):
+    write_npz(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 0))
+        with pytest.raises(ValueError, match=r"train\.npz: its images take 3,600,000,000 bytes .* and 0 are free"):
+            npz("train", tmp_path, size=10_000)
 
 
 @pytest.mark.parametrize("case", WRONG)

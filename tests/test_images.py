@@ -100,6 +100,20 @@ def test_a_fingerprint_tells_sets_apart():
     assert many.fingerprint() != numbered_set(128).fingerprint()
 
 
+def test_digests_tell_images_apart_and_find_them_again():
+    some = numbered_set(200)
+    made = some.digests()
+    assert made.dtype == torch.int64 and len(made.unique()) == 200 and made.unique().abs().min() > 200
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(some[order].digests(), made[order])
+    twice = ImageSet(some.images[[3, 5, 3]], some.labels[[3, 3, 5]], some.names)
+    assert torch.equal(twice.digests(), made[[3, 5, 3]])  # labels don't count
+    assert not set(some.grey().digests().tolist()) & set(made.tolist()) and len(some[:0].digests()) == 0
+    many = numbered_set(256)
+    many = ImageSet(many.images.repeat(20, 1, 1, 1), many.labels.repeat(20), many.names)
+    assert torch.equal(many.digests(), many[:256].digests().repeat(20))  # more than are taken at a time
+
+
 @pytest.mark.parametrize("size", [1, 7, 50, 64])
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -175,9 +189,11 @@ def test_read_image_understands_many_kinds_of_file(tmp_path, kind, channels):
     assert (image.long() - expected).abs().max() <= {"P": 3, "CMYK": 1}.get(kind, 0)
 
 
-def test_read_image_puts_transparent_parts_on_black(tmp_path):
+def test_read_image_puts_transparent_parts_on_black_or_what_is_asked_for(tmp_path):
     Image.new("RGBA", (10, 20), (200, 100, 50, 128)).save(tmp_path / "half.png")
     assert read_image(tmp_path / "half.png", 8)[:, 0, 0].tolist() == [100, 50, 25]
+    assert read_image(tmp_path / "half.png", 8, background="white")[:, 0, 0].tolist() == [227, 177, 152]
+    assert read_image(tmp_path / "half.png", 8, 1, "white")[0, 0, 0] in range(188, 191)
     palette = Image.new("P", (10, 10), 1)
     palette.putpalette([9, 9, 9, 255, 0, 0])
     palette.save(tmp_path / "palette.png", transparency=1)
@@ -235,8 +251,8 @@ def test_read_image_says_which_file_it_cannot_read(tmp_path, monkeypatch):
 
 
 def test_read_image_says_what_it_cannot_make(tmp_path):
-    Image.new("F", (8, 8)).save(tmp_path / "floats.tif")
-    with pytest.raises(ValueError, match="floats.tif.*floating-point numbers of unknown range"):
+    Image.new("F", (8, 8), 2).save(tmp_path / "floats.tif")
+    with pytest.raises(ValueError, match="floats.tif.*floating-point pixels go from 2 to 2; must be within 0 to 1"):
         read_image(tmp_path / "floats.tif", 8)
     for channels in (0, 2, 4):
         with pytest.raises(ValueError, match=rf"channels must be 1 \(grey\) or 3 \(RGB\), got {channels}"):

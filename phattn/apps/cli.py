@@ -31,6 +31,7 @@ from phattn.apps.options import (
     SPELLED, DataOptions, Dataset, MachineOptions, Record, TestOptions, TrainOptions, choose_device
 )
 from .policies import COMPARED, Learnt, find_policy
+from .seen import remembered, seen_before
 from ..data.datasets import DATASETS
 from ..data.images import ImageSet, read_image
 from ..engine.distributed import rank, who, world_size
@@ -131,7 +132,11 @@ def _test_images(options: EvaluateOptions, model: HardAttention) -> tuple[str, I
     if dataset not in DATASETS:
         raise ValueError(f"{options.model} does not say what it was trained on: give --dataset")
     options, size = replace(options, dataset=dataset), config.image if dataset in OWN else None
-    return dataset, some_data(options, "test", size, config.in_channels, options.test_images)
+    background = model.about.get("background", "black")
+    test = some_data(options, "test", size, config.in_channels, options.test_images, background)
+    if text := seen_before(test, remembered(options.model), options.model):
+        print(f"phattn: {text}", file=sys.stderr)
+    return dataset, test
 
 
 def _policies(options: EvaluateOptions, model: HardAttention) -> dict[str, Policy]:
@@ -160,7 +165,9 @@ def _look(options: LookOptions) -> None:
     model = open_model(options.model)
     if not imagines(model):
         raise ValueError(f"{options.model} has not learnt to imagine yet, so it can't choose: train the second phase")
-    image, policy = read_image(options.image, model.config.image, model.config.in_channels), EIG(options.samples)
+    background = model.about.get("background", "black")
+    image = read_image(options.image, model.config.image, model.config.in_channels, background)
+    policy = EIG(options.samples)
     settle(model, options.device, options.fast)
     how = dict(generator=torch.Generator().manual_seed(options.seed), stop_below=options.stop_below)
     trace = look(model, image, policy, options.looks, **how)

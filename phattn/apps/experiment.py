@@ -16,6 +16,7 @@ import torch
 
 from .models import find_weights, settle, start_from, trained_on
 from .options import DataOptions, LearnOptions, TrainOptions, choose_device, recipes
+from .seen import remember, seen_before
 from ..data.datasets import load, own_size
 from ..data.images import ImageSet
 from ..data.shared import deal
@@ -85,12 +86,14 @@ def settled(options: LearnOptions, tell: Callable[[str], None] = print) -> Learn
 # %% ../../nbs/apps/experiment.ipynb #95673a68
 def load_data(options: LearnOptions, split: str) -> ImageSet:
     """The training or the test images that options ask for; errors as `phattn.data.datasets.load`."""
-    return some_data(options, split, options.size, options.channels, options.test_images)
+    return some_data(options, split, options.size, options.channels, options.test_images, options.background)
 
 
-def some_data(options: DataOptions, split: str, size: int | None, channels: int, count: int | None) -> ImageSet:
+def some_data(
+    options: DataOptions, split: str, size: int | None, channels: int, count: int | None, background: str = "black"
+) -> ImageSet:
     """Images of one size and kind, and of the test images no more than so many, drawn once and for all."""
-    where = dict(datapath=options.datapath, download=options.download)
+    where = dict(datapath=options.datapath, download=options.download, background=background)
     data = load(options.dataset, split, size=size, channels=channels, **where)
     if split == "train" or count is None:
         return data
@@ -147,6 +150,7 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
             model, data = _begin(options, phases, device, quiet)
             folder = from_first(lambda: _claim(options, stack))
             spread = f" in {world_size()} processes" if world_size() > 1 else ""
+            _tell_seen(data, quiet)
             quiet(f"{options.dataset}: {len(data['train'])} training images on {device}{spread}, run folder {folder}")
             _all_phases(model, data, phases, options, folder, quiet)
     except (KeyboardInterrupt, ConnectionError):
@@ -154,6 +158,12 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
             tell(f"{who()}stopped; go on with the same options and --resume --logfolder={folder}")
         raise
     return folder
+
+
+def _tell_seen(data: dict[str, ImageSet], tell: Callable[[str], None]) -> None:
+    """Say if test images are training images: only one process has both."""
+    if "test" in data and (text := seen_before(data["test"], data["train"].digests(), "this run")):
+        tell(text)
 
 
 def _nothing(line: str) -> None:
@@ -239,14 +249,22 @@ def _phase(
     asked = asdict(chosen) | {"dataset": options.dataset, "model": asdict(model.config)}
     asked |= {"pretrain_checkpoint": str(options.pretrain_checkpoint), "data": data["train"].fingerprint()}
     del asked["on_nonfinite"]  # may change when a run that met a bad step is resumed
-    header = {"config": asked["model"], "dataset": options.dataset, "phases": chosen.phase}
+    header = {"config": asked["model"], "phases": chosen.phase} | _about_data(options)
     with Run(folder, asked, options.resume, header) if rank() == 0 else nullcontext() as run:
+        if run:
+            remember(data["train"], folder, options.pretrain_checkpoint)
         if done := from_first(lambda: run.finished(model, chosen.epochs)):
             return done
         watch = [_Watch(_some(data["test"], 250, options.seed), chosen, run)] if run else []
         return train_phase(model, data["train"], chosen, run, watch)
 
 # %% ../../nbs/apps/experiment.ipynb #63ef562d
+def _about_data(options: LearnOptions) -> dict[str, str]:
+    """What a file of weights says of the images."""
+    about = {"dataset": options.dataset}
+    return about | ({"background": options.background} if options.background != "black" else {})
+
+
 class _Watch:
     """Called after every epoch: now and then it tests the model, and lets TensorBoard have a picture of a look."""
 
@@ -273,7 +291,7 @@ def conclude(
     imagined, looks = "second" in history or "third" in history, recipes(options)[0].looks
     policies = {name: policy for name, policy in POLICIES.items() if imagined or name != "eig"}
     results = evaluate(model, test, policies, looks, seeds=(options.seed,), batch=options.batchv)
-    model.save(folder / "model.safetensors", dataset=options.dataset, phases=", ".join(history))
+    model.save(folder / "model.safetensors", phases=", ".join(history), **_about_data(options))
     metrics = {
         "dataset": options.dataset,
         "seeds": [options.seed],

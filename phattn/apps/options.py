@@ -18,6 +18,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ..data.datasets import DATASETS
+from ..data.pictures import check_background
 from ..engine.records import check_bool, check_choice, check_int
 from ..training import PHASES, RECIPES, Phase, Recipe, recipe
 
@@ -58,11 +59,13 @@ class SizeOptions(Record):
             one of a folder, 32 to 64, or else the nearest that glimpses fit into.
         glimpse: side of a glimpse in pixels, for images of your own; an even number near a quarter when not given.
         channels: 3 for images in colour, 1 for grey ones; either can be had of any images.
+        background: the colour behind transparent parts of pictures in a folder: black, white, #7f7f7f …
     """
 
     size: int | None = None
     glimpse: int | None = None
     channels: Literal[1, 3] = 3
+    background: str = "black"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +75,7 @@ class SizeOptions(Record):
             check_int("glimpse", self.glimpse, 4, 1024)
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        check_background(self.background)
 
 # %% ../../nbs/apps/options.ipynb #28174a54
 @dataclass(frozen=True, kw_only=True)

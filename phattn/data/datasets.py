@@ -246,8 +246,10 @@ def _digits(split: str, datapath: Path, *, seed: int, channels: int = 3, **_: An
     return made if channels == 3 else made.grey()
 
 
-def _folder(split: str, datapath: Path, *, seed: int, size: int | None, channels: int, **_: Any) -> ImageSet:
-    return folder(split, datapath, seed=seed, size=size, channels=channels)
+def _folder(
+    split: str, datapath: Path, *, seed: int, size: int | None, channels: int, background: str, **_: Any
+) -> ImageSet:
+    return folder(split, datapath, seed=seed, size=size, channels=channels, background=background)
 
 
 def _npz(split: str, datapath: Path, *, size: int | None, channels: int, **_: Any) -> ImageSet:
@@ -276,6 +278,7 @@ def load(
     seed: int = 0,
     size: int | None = None,
     channels: int = 3,
+    background: str = "black",
 ) -> ImageSet:
     """Load a data set by name.
 
@@ -288,6 +291,7 @@ def load(
         size: side in pixels to which the images of "folder" and "npz" are scaled, at least 8; None is `own_size`. The
             other sets have a size of their own.
         channels: 3 for RGB, 1 for grey.
+        background: the colour behind transparent parts of the pictures of "folder": a name or #rrggbb.
 
     Returns:
         The images of that split, on the CPU; those of files are stored beside them, and mapped from there.
@@ -302,12 +306,15 @@ def load(
     check_choice("dataset", dataset, DATASETS)
     check_choice("split", split, ("train", "test"))
     check_channels(channels)
+    if background != "black" and dataset != "folder":
+        raise ValueError(f"background must be left out for {dataset}: only folder has transparency, got {background!r}")
     if size is not None and dataset in (*_REAL, "digits"):
         raise ValueError(f"size must be left out for {dataset}: only images of folder and npz are scaled, got {size}")
     datapath = Path(datapath).expanduser()
     if dataset in _REAL and (datapath / dataset / f"{split}.npz").is_file():
         return npz(split, datapath / dataset, names=_REAL[dataset], channels=channels)
-    return DATASETS[dataset](split, datapath, download=download, seed=seed, size=size, channels=channels)
+    how = dict(seed=seed, size=size, channels=channels, background=background)
+    return DATASETS[dataset](split, datapath, download=download, **how)
 
 # %% ../../nbs/data/datasets.ipynb #05ce9b4a
 def own_size(dataset: str, datapath: str | Path = "data") -> int | None:

@@ -6,127 +6,256 @@
 __all__ = ['folder_size', 'folder', 'npz', 'npz_size']
 
 # %% ../../nbs/data/folders.ipynb #79c9dc01
+import io
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from .archives import Plan, decode_once, fingerprint, listing, load_arrays, plan_arrays, plan_files
-from .images import ImageSet, read_image
-from ..engine.records import check_int
-
-# %% ../../nbs/data/folders.ipynb #6205eb33
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def _classes(root: Path) -> tuple[str, ...]:
-    """Names of the folders in `root`."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"datapath: there is no folder {root}")
-    try:
-        return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
-    except OSError as error:
-        raise ValueError(f"datapath: {root} can't be read ({error})") from error
-
-
-def _pictures(root: Path, names: tuple[str, ...]) -> list[list[str]]:
-    """For each class, its pictures' paths inside `root`."""
-    files: dict[str, list[str]] = {name: [] for name in names}
-    for path in sorted(listing(root)):
-        name, *rest = path.split("/")
-        if name in files and len(rest) == 1 and path.lower().endswith(_SUFFIXES):
-            files[name].append(path)
-    for name, found in files.items():
-        if not found:
-            raise ValueError(f"{root / name}: no image of class {name}; images end in {', '.join(_SUFFIXES)}")
-    return list(files.values())
-
-# %% ../../nbs/data/folders.ipynb #c953d384
-def _drawn(files: list[list[str]], split: str, root: Path, seed: int) -> list[list[str]]:
-    """The part of each class that belongs to `split`."""
-    parts = []
-    for k, found in enumerate(files):
-        if len(found) < 2:
-            raise ValueError(f"{root / found[0]}: the only image of its class; two are needed, for train and for test")
-        order = np.random.RandomState([seed, k]).permutation(len(found))
-        tested = {found[i] for i in order[: max(1, round(len(found) / 5))]}
-        parts.append([path for path in found if (path in tested) == (split == "test")])
-    return parts
+from .archives import Plan, decode_once, fingerprint
+from .images import ImageSet, check_channels, read_image
+from .pictures import check_background, open_picture, warn_once
+from .trees import Part, class_name, drawn, read_tree
+from ..engine.records import check_choice, check_int
 
 # %% ../../nbs/data/folders.ipynb #9b75f505
 def folder_size(datapath: Path) -> int:
     """Side in pixels of the squares that `folder` makes of pictures if no size is asked for; errors as there."""
-    root = _root(datapath)
-    return _side(root, _pictures(root, _class_names(root)))
+    return _side(read_tree(Path(datapath)).first)
 
 
-def _root(datapath: Path) -> Path:
-    """Where the classes of the training pictures are."""
-    return datapath / "train" if (datapath / "train").is_dir() else datapath
-
-
-def _class_names(root: Path) -> tuple[str, ...]:
-    if names := _classes(root):
-        return names
-    raise ValueError(f"datapath: {root} has no folders; there should be one for each class")
-
-
-def _side(root: Path, files: list[list[str]]) -> int:
-    path = root / min(min(files))
-    read_image(path, 1)  # a file that can't be read is refused here, with its path
-    with Image.open(path) as picture:
-        return min(max(min(picture.size), 32), 64)
+def _side(part: Part) -> int:
+    first = min(file.path for file in part.files())
+    return min(max(min(open_picture(first).size), 32), 64)
 
 # %% ../../nbs/data/folders.ipynb #52dc65d2
-def folder(split: str, datapath: Path, *, seed: int = 0, size: int | None = None, channels: int = 3) -> ImageSet:
+def folder(
+    split: str,
+    datapath: Path,
+    *,
+    seed: int = 0,
+    size: int | None = None,
+    channels: int = 3,
+    background: str = "black",
+) -> ImageSet:
     """Read picture files, one folder for each class.
 
     Args:
         split: "train" or "test".
-        datapath: has train/CLASS/FILE and test/CLASS/FILE; or CLASS/FILE, of which a fifth is drawn for testing.
-        seed: of that draw.
+        datapath: has train/CLASS/… and test/CLASS/…; or CLASS/…, of which each picture's content decides whether it is
+            for testing, as about a fifth is. The rules are those of `phattn.data.trees.read_tree`.
+        seed: of that fifth.
         size: side of the squares to which all pictures are scaled, at least 8 pixels; None is `folder_size`: the
             shorter side of the first training picture, at least 32 and at most 64.
         channels: 3 for RGB, 1 for grey.
+        background: the colour behind transparent parts: a name or #rrggbb.
 
     Returns:
-        An ImageSet on the CPU; the array is stored in `datapath` for the next time.
+        An ImageSet on the CPU; the array is stored in `datapath` for the next time. What is left out is told, by the
+        log called "phattn".
 
     Raises:
         FileNotFoundError: a folder is not there.
         TypeError: `size` is not an integer.
-        ValueError: `size` or `channels` is not possible, a class has no image (or one, where two are needed), a test
-            class is not a training class, or an image can't be read; the message has the path.
+        ValueError: an argument is not possible, the tree is none of pictures in classes, a class has no image (or one,
+            where two are needed), or an image can't be read; the message has the path.
     """
+    check_choice("split", split, ("train", "test"))
+    check_channels(channels)
     if size is not None:
         check_int("size", size, 8)
-    root = _root(datapath)
-    divided, names = root != datapath, _class_names(root)
-    tree = datapath / split if divided else datapath
-    if unknown := set(_classes(tree)) - set(names):
-        raise ValueError(f"{tree / min(unknown)}: not a class of {root}, which has {', '.join(names[:20])}")
-    files = _pictures(root, names)
-    size = _side(root, files) if size is None else size
-    files = _pictures(tree, names) if divided else _drawn(files, split, root, seed)
-    stem = datapath / f".phattn-folder-{split}-{size}px{'' if divided else f'-seed{seed}'}"
-    mark = fingerprint(tree, split, size, seed, *names)
-    pairs = [(path, k) for k, part in enumerate(files) for path in part]
-    return decode_once(stem, mark, lambda: plan_files(tree, pairs, names, size), channels)
+    colour, datapath = bytes(check_background(background)).hex(), Path(datapath)
+    tree = read_tree(datapath)
+    part, names = tree.part(split), tree.names
+    size = _side(tree.first) if size is None else size
+    files = [(str(file.path.relative_to(datapath)), file.size, file.changed) for file in part.files()]
+
+    def plan() -> Plan:
+        chosen = part.labelled() if tree.divided else drawn(part, split, seed)
+        return _plan(chosen, names, size, background, part.root)
+
+    stem = datapath / f".phattn-folder-{split}-{size}px{'' if tree.divided else f'-seed{seed}'}"
+    stem = stem if colour == "000000" else stem.with_name(f"{stem.name}-on-{colour}")
+    data = decode_once(stem, fingerprint(split, size, seed, colour, *names, json.dumps(files)), plan, channels)
+    if untested := [name for name, count in zip(names, data.labels.bincount(minlength=len(names))) if not count]:
+        some = ", ".join(untested[:10])
+        warn_once(f"{part.root}: no image is for testing of {some}; about a fifth is, as the images' content decides")
+    return data
+
+
+def _plan(chosen: list[tuple[Path, int]], names: tuple[str, ...], size: int, background: str, where: Path) -> Plan:
+    def blocks() -> Iterator[tuple[int, np.ndarray]]:
+        for k, (path, _) in enumerate(chosen):
+            yield k, read_image(path, size, background=background).numpy()[None]
+
+    return Plan(np.array([label for _, label in chosen], np.int64), names, size, blocks, where, complete=False)
 
 # %% ../../nbs/data/folders.ipynb #8962f4ed
-def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
-    """Images uint8 N×3×H×H, labels int64 N, and the class names if the file has them."""
-    held = load_arrays(path, ("images", "labels"), ("names",))
-    images, labels = held["images"], held["labels"]
-    names = tuple(map(str, held["names"].ravel())) if "names" in held else None
-    images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: images have shape {images.shape}; must be N×H×W×3 or N×H×W (grey) with H = W")
+_MOST_IMAGES, _LARGEST_SIDE, _MOST_CLASSES = 2**26, 8192, 2**16
+_BLOCK = 2**24  # bytes of images that are read at a time
+
+
+@dataclass(frozen=True)
+class _Array:
+    """What an array in an .npz says of itself: its member of the zip, and where its content starts in that."""
+
+    path: Path
+    member: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def _plain_arrays(path: Path) -> Iterator[None]:
+    """Errors, with the file's name and in one kind."""
+    try:
+        yield
+    except Exception as error:  # a broken zip, a header that is none
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: can't be read as an .npz of plain arrays ({error})") from error
+
+
+def _header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Array:
+    name, kind = member.filename, member.compress_type
+    most = member.compress_size * (1 if kind == zipfile.ZIP_STORED else 1032) + 64  # deflate does no better
+    known = kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not known or member.file_size > most or member.compress_size > path.stat().st_size:
+        raise ValueError(f"{name} says that it unpacks to {member.file_size:,} bytes, which can't be")
+    with archive.open(member) as file:
+        width = 2 if np.lib.format.read_magic(file)[0] == 1 else 4
+        length = int.from_bytes(file.read(width), "little")
+        if length > 10_000:
+            raise ValueError(f"{name} has a header of {length:,} bytes")
+        header = io.BytesIO(length.to_bytes(4, "little") + file.read(length))
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(header)
+        start = file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects, and allow_pickle is never set")
+    made = _Array(path, name, start, shape, dtype, fortran)
+    if start + made.size != member.file_size:
+        raise ValueError(f"{name} claims {shape} of {dtype}, which is not what it has room for")
+    return made
+
+# %% ../../nbs/data/folders.ipynb #40cd595d
+def _headers(path: Path) -> dict[str, _Array]:
+    """The arrays in an .npz that are wanted, seen to fit each other."""
+    with _plain_arrays(path), zipfile.ZipFile(path) as archive:
+        wanted = {f"{name}.npy": name for name in ("images", "labels", "names")}
+        members = {wanted[member.filename]: member for member in archive.infolist() if member.filename in wanted}
+        for name in ("images", "labels"):
+            if name not in members:
+                raise ValueError(f"{path}: must hold images and labels, and has no {name}")
+        held = {name: _header(path, archive, member) for name, member in members.items()}
+    _check_images(path, held["images"])
+    labels, count = held["labels"], held["images"].shape[0]
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; must be whole numbers ({count},)")
+    names = held.get("names")
+    if names and (names.dtype.kind not in "USiu" or names.size > 2**24):
+        raise ValueError(f"{path}: names are {names.dtype} {names.shape}; must be strings, one for each class")
+    return held
+
+
+def _check_images(path: Path, images: _Array) -> None:
+    shape = images.shape
+    if len(shape) not in (3, 4) or shape[1] != shape[2] or shape[3:] not in ((), (1,), (3,)) or shape[1] < 1:
+        raise ValueError(f"{path}: images have shape {shape}; must be N×H×W×3 or N×H×W (grey) with H = W")
     if images.dtype != np.uint8:
         raise ValueError(f"{path}: images are {images.dtype}; must be uint8")
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; must be whole numbers ({len(images)},)")
-    return np.broadcast_to(images, (*images.shape[:3], 3)).transpose(0, 3, 1, 2), labels.astype(np.int64), names
+    if shape[0] > _MOST_IMAGES or shape[1] > _LARGEST_SIDE:
+        most = f"{_MOST_IMAGES:,} images of {_LARGEST_SIDE}×{_LARGEST_SIDE}"
+        raise ValueError(f"{path}: images have shape {shape}; at most {most} are read")
+
+# %% ../../nbs/data/folders.ipynb #6ad498e1
+def _read(array: _Array) -> np.ndarray:
+    """A whole array."""
+    with _plain_arrays(array.path), _content(array) as file:
+        return _taken(file, array.size).view(array.dtype).reshape(array.shape, order="F" if array.fortran else "C")
+
+
+@contextmanager
+def _content(array: _Array) -> Iterator[BinaryIO]:
+    with zipfile.ZipFile(array.path) as archive, archive.open(array.member) as file:
+        file.seek(array.start)
+        yield file
+
+
+def _taken(file: BinaryIO, size: int) -> np.ndarray:
+    content = file.read(size)
+    if len(content) < size:
+        raise EOFError("it ends too early")
+    return np.frombuffer(content, np.uint8)
+
+
+def _blocks_of(images: _Array, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Images uint8 K×3×size×size, a few at a time, and the index of the first."""
+    count, side = images.shape[:2]
+    row = images.size // max(1, count)
+    step = max(1, _BLOCK // max(1, row))
+    with _plain_arrays(images.path), _content(images) as file:
+        whole = _read(images) if images.fortran else None
+        for first in range(0, count, step):
+            some = min(step, count - first)
+            block = _taken(file, some * row) if whole is None else whole[first : first + some]
+            block = np.broadcast_to(block.reshape(some, side, side, -1), (some, side, side, 3))
+            yield first, _scaled(block, size).transpose(0, 3, 1, 2)
+
+
+def _scaled(pictures: np.ndarray, size: int) -> np.ndarray:
+    """Pictures uint8 K×H×H×3 at size×size, scaled as `read_image` does."""
+    if pictures.shape[1] == size:
+        return pictures
+    rows = [Image.fromarray(np.ascontiguousarray(picture)) for picture in pictures]
+    return np.stack([np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in rows])
+
+# %% ../../nbs/data/folders.ipynb #94ed140c
+def _labels(held: dict[str, _Array]) -> np.ndarray:
+    path, labels = held["labels"].path, _read(held["labels"])
+    if (most := int(labels.max(initial=0))) >= _MOST_CLASSES:
+        raise ValueError(f"{path}: labels go to {most:,}; classes are numbered from 0 to at most {_MOST_CLASSES - 1:,}")
+    return labels.astype(np.int64)
+
+
+def _names(held: dict[str, _Array]) -> tuple[str, ...]:
+    """The names that a file has for its classes; none if it has none."""
+    if "names" not in held:
+        return ()
+    path = held["names"].path
+    with _plain_arrays(path):
+        found = _read(held["names"]).ravel().tolist()  # raises if it has characters that do not exist
+    texts = [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in found]
+    names = tuple(map(class_name, texts))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: names has {twice!r} twice; each class must have a name of its own")
+    return names
+
+
+def _ordered(labels: np.ndarray, own: tuple[str, ...], known: tuple[str, ...], path: Path) -> np.ndarray:
+    """Labels that number the names `own`, as numbers of the names `known`."""
+    if own == known or not own:
+        return labels
+    if unknown := [name for name in own if name not in set(known)]:
+        there = ", ".join(known[:10])
+        raise ValueError(f"{path}: names has {', '.join(unknown[:10])}, which the other file has not; that has {there}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(own):
+        raise ValueError(f"{path}: labels go from {labels.min()} to {labels.max()}; must be within 0 to {len(own) - 1}")
+    return np.array([known.index(name) for name in own], np.int64)[labels]
 
 # %% ../../nbs/data/folders.ipynb #35239cb8
 def npz(
@@ -142,7 +271,7 @@ def npz(
     Args:
         split: "train" or "test".
         datapath: the folder with both files. Each has images uint8 N×H×W×3 (or N×H×W, grey) with H = W, labels (N whole
-            numbers) and, if you like, names (strings).
+            numbers) and, if you like, names (strings), which both files may number in another way.
         names: the classes' names, if they are known; then a class may be without images.
         size: side in pixels to which all images are scaled, at least 8; None keeps the size that they have.
         channels: 3 for RGB (grey arrays are tripled), 1 for grey.
@@ -153,33 +282,46 @@ def npz(
     Raises:
         FileNotFoundError: the file is not there.
         TypeError: `size` is not an integer.
-        ValueError: `size` or `channels` is not possible, or the file is damaged, has pickled objects, or its arrays do
+        ValueError: `size` or `channels` is not possible, or a file is damaged, has pickled objects, or its arrays do
             not fit; the message has the path.
     """
+    check_choice("split", split, ("train", "test"))
     path = _npz_file(datapath, split)
     if size is not None:
         check_int("size", size, 8)
     both = [file for file in (datapath / "train.npz", datapath / "test.npz") if file.is_file()]
-
-    def plan() -> Plan:
-        images, labels, own = _arrays(path)
-        known = names or own
-        if known is None:
-            most = max(int(_arrays(file)[1].max(initial=0)) for file in both)
-            known = tuple(str(k) for k in range(most + 1))
-        return plan_arrays([images], labels, known, path, size=size, complete=names is None and split == "train")
-
     stem = datapath / f".phattn-npz-{split}{'' if size is None else f'-{size}px'}"
-    return decode_once(stem, fingerprint(*both, *(names or ())), plan, channels)
+    mark = fingerprint(2, *both, *(names or ()))
+    return decode_once(stem, mark, lambda: _plan_npz(path, both, names, size), channels)
+
+
+def _plan_npz(path: Path, both: list[Path], names: tuple[str, ...] | None, size: int | None) -> Plan:
+    held = {file: _headers(file) for file in both}
+    labels = {file: _labels(arrays) for file, arrays in held.items()}
+    own = {file: _names(arrays) for file, arrays in held.items()}
+    known = names or next(filter(None, own.values()), ())
+    if not known:
+        known = tuple(str(k) for k in range(1 + max(int(found.max(initial=0)) for found in labels.values())))
+    told = own[path] if names is None or sorted(names) == sorted(own[path]) else ()  # else they are renamed
+    images, size = held[path]["images"], size or held[path]["images"].shape[1]
+    _check_room(path, images.shape[0] * 3 * size**2)
+    mine, complete = _ordered(labels[path], told, known, path), names is None and path.stem == "train"
+    return Plan(mine, known, size, lambda: _blocks_of(images, size), path, complete)
+
+
+def _check_room(path: Path, need: int) -> None:
+    if need > max(free := shutil.disk_usage(path.parent).free, 2**30):  # what is less can be held in memory
+        raise ValueError(f"{path}: its images take {need:,} bytes as they are stored beside it, and {free:,} are free")
 
 # %% ../../nbs/data/folders.ipynb #e0a94b6f
 def npz_size(datapath: Path) -> int:
     """Side in pixels of the images in `datapath`/train.npz; errors as `npz`."""
-    return _arrays(_npz_file(datapath, "train"))[0].shape[-1]
+    return _headers(_npz_file(datapath, "train"))["images"].shape[1]
 
 
 def _npz_file(datapath: Path, split: str) -> Path:
     path = datapath / f"{split}.npz"
     if not path.is_file():
-        raise FileNotFoundError(f"datapath: there is no file {path}")
+        there = ", ".join(sorted(file.name for file in datapath.glob("*.npz"))[:10]) if datapath.is_dir() else ""
+        raise FileNotFoundError(f"datapath: there is no file {path}" + (f"; there is {there}" if there else ""))
     return path

@@ -6,20 +6,19 @@
 __all__ = ['normalise', 'denormalise', 'grey', 'ImageSet', 'Shuffled', 'read_image', 'check_channels']
 
 # %% ../../nbs/data/images.ipynb #3f135c26
-import io
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .augmentation import augment, check_generator, check_pictures, check_tensor
+from .pictures import open_picture
 from ..engine.records import check_int
 
 # %% ../../nbs/data/images.ipynb #9be2b88c
@@ -122,6 +121,14 @@ class _Described:
         """What tells this set from another: a digest of all labels and of about 64 of the images."""
         some = self.images[:: max(1, len(self) // 64)]
         return sha256(b"".join(part.cpu().numpy().tobytes() for part in (self.labels, some))).hexdigest()[:16]
+
+    def digests(self) -> Tensor:
+        """For each image a number that equal images share, and others all but surely do not: int64 N, on the CPU."""
+        made = np.empty(len(self), np.int64)
+        for start in range(0, len(self), 4096):
+            for k, image in enumerate(self.images[start : start + 4096].cpu().numpy(), start):
+                made[k] = int.from_bytes(blake2b(image.tobytes(), digest_size=8).digest(), "little", signed=True)
+        return torch.from_numpy(made)
 
 # %% ../../nbs/data/images.ipynb #63defab2
 class _Batched(_Described):
@@ -233,45 +240,17 @@ class Shuffled:
         order = torch.Generator().manual_seed(seed)
         return self.data.batches(self.batch, generator=order, augment=self.augment, drop_last=True)
 
-# %% ../../nbs/data/images.ipynb #36ee0b42
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB on black."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip at 255 instead of scaling
-        levels = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        levels += 128  # in place: a picture may be large
-        levels //= 257
-        image = Image.fromarray(levels.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-    return image.convert("RGB")
-
-# %% ../../nbs/data/images.ipynb #62a136f8
-def _open(path: Path | BinaryIO) -> Image.Image:
-    """Decode a file to 8-bit RGB, turned as its EXIF tag says."""
-    name = path if isinstance(path, Path) else getattr(path, "name", "the open file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            content = io.BytesIO(path.read_bytes()) if isinstance(path, Path) else path  # a chunk's length may lie
-            with Image.open(content) as file:
-                return _to_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # Pillow's decoders raise many kinds on a broken file
-        raise ValueError(f"path: {name} can't be read as an image ({error})") from error
-
 # %% ../../nbs/data/images.ipynb #96ba73c9
-def read_image(path: str | Path | BinaryIO, size: int, channels: int = 3) -> Tensor:
+def read_image(path: str | Path | BinaryIO, size: int, channels: int = 3, background: str = "black") -> Tensor:
     """Read any image file as a square image, in colour or in grey.
 
-    Pixels are turned as the camera's EXIF tag says; grey, palette, CMYK and 16-bit files become 8-bit RGB;
-    transparent parts become black; of an animation the first frame is read. The largest centred square is kept.
+    The file becomes 8-bit RGB as `phattn.data.pictures.open_picture` has it, and the largest centred square is kept.
 
     Args:
         path: the file, or a binary file that is open.
         size: side of the result in pixels.
         channels: 3 for RGB, 1 for grey (the luminance of the RGB image, as `grey` gives it).
+        background: the colour behind transparent parts: a name or #rrggbb.
 
     Returns:
         uint8 channels×size×size.
@@ -279,8 +258,8 @@ def read_image(path: str | Path | BinaryIO, size: int, channels: int = 3) -> Ten
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: `size` is not an integer.
-        ValueError: `size` is less than 1, `channels` is neither 1 nor 3, or the file can't be read as an image (the
-            message has the path).
+        ValueError: `size` is less than 1, `channels` is neither 1 nor 3, `background` is no colour, or the file can't
+            be read as an image (the message has the path).
     """
     check_int("size", size)
     check_channels(channels)
@@ -288,7 +267,7 @@ def read_image(path: str | Path | BinaryIO, size: int, channels: int = 3) -> Ten
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"path: there is no file {path}")
-    image = _open(path)
+    image = open_picture(path, background)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
