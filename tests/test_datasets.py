@@ -166,7 +166,7 @@ def test_svhn_is_train_and_extra(tmp_path, monkeypatch):
 
 
 def test_svhn_is_fetched_only_on_request(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="extra_32x32.mat(.|\n)*svhn/train.npz(.|\n)*--download"):
+    with pytest.raises(FileNotFoundError, match="extra_32x32.mat in.*svhn/train.npz.*--download"):
         load("svhn", "train", datapath=tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     with served(tmp_path / "theirs", monkeypatch) as address:
@@ -214,7 +214,7 @@ def test_cifar_is_read_unpacked_and_fetched(tmp_path, monkeypatch, dataset, coun
 def test_damaged_cifar_files_are_named(tmp_path, monkeypatch, dataset):
     count = {"cifar10": 10, "cifar100": 100}[dataset]
     theirs, ours = write_cifar(tmp_path / "theirs", monkeypatch, dataset, count=count), tmp_path / "ours"
-    with pytest.raises(FileNotFoundError, match=f"{dataset} is not there(.|\n)*tar.gz(.|\n)*{dataset}/test.npz"):
+    with pytest.raises(FileNotFoundError, match=f"{dataset} is not there.*gz.*{dataset}/test.npz.*no folder {ours}"):
         load(dataset, "test", datapath=ours)
     archive = next(theirs.glob("*.tar.gz"))
     write_files(ours, {archive.name: archive.read_bytes()[:500]})
@@ -254,7 +254,7 @@ def test_cinic10_folder_and_archive_are_the_same(tmp_path):
 
 def test_cinic10_says_what_is_wrong(tmp_path):
     files, cat = cinic_files(1), "train/cat/000.png"
-    with pytest.raises(FileNotFoundError, match=r"CINIC-10/valid(.|\n)*CINIC-10.tar.gz(.|\n)*datashare.ed.ac.uk"):
+    with pytest.raises(FileNotFoundError, match=r"train, valid and test.*10.tar.gz.*is empty.*datashare.ed.ac.uk"):
         load("cinic10", "train", datapath=tmp_path)
     cases = {
         "train/zebra/1.png: class 'zebra' is not one of airplane": {"train/zebra/1.png": b""},
@@ -268,10 +268,6 @@ def test_cinic10_says_what_is_wrong(tmp_path):
                 load("cinic10", "train", datapath=path)
     few = write_files(tmp_path / "few", {name: files[name] for name in files if "cat" not in name})
     with pytest.raises(ValueError, match="few: no image of class cat"):
-        load("cinic10", "train", datapath=few)
-    write_files(few, cinic_files(2))
-    (few / "train" / "cat" / "001.png").unlink()
-    with pytest.warns(UserWarning, match="few: classes have from 3 to 4 images"):
         load("cinic10", "train", datapath=few)
     os.truncate(tmp_path / "0.tar.gz", 9000)
     with pytest.raises(ValueError, match=r"0.tar.gz: damaged, or not downloaded whole"):
@@ -292,22 +288,29 @@ def test_tinyimagenet_folder_and_archive_are_the_same(tmp_path):
         assert sets[0].labels.tolist() == [k for k in range(4) for _ in range(count // 4)]
         assert_same(sets)
     train, test = (load("tinyimagenet", split, datapath=paths[0]) for split in ("train", "test"))
-    assert train.names == test.names == ("Egyptian cat", "goldfish", "crane, a bird", "crane, a machine")
-    assert (train.images[0] == train.images[0][:1]).all() and not (train.images[1] == train.images[1][:1]).all()
-    close = test.images[4].permute(1, 2, 0).int() - torch.from_numpy(patch(601, 64).astype(int))
+    assert train.names == test.names == ("goldfish", "Egyptian cat", "crane, a bird", "crane, a machine")
+    assert (train.images[6] == train.images[6][:1]).all() and not (train.images[7] == train.images[7][:1]).all()
+    close = test.images[1].permute(1, 2, 0).int() - torch.from_numpy(patch(601, 64).astype(int))
     assert close.abs().float().mean() < 8  # JPEG's loss
 
 
 def test_tinyimagenet_says_what_is_wrong(tmp_path):
     files, rows, first = tiny_files(2), "val/val_annotations.txt", "train/n01/images/n01_1.JPEG"
-    with pytest.raises(FileNotFoundError, match=r"tiny-imagenet-200/wnids.txt(.|\n)*tiny-imagenet-200.zip from http"):
+    with pytest.raises(FileNotFoundError, match=r"train and val, or tiny-imagenet.*tiny-imagenet-200.zip from http"):
         load("tinyimagenet", "train", datapath=tmp_path)
+    no_train = {name: None for name in files if name.startswith("train")}
+    no_val = {name: None for name in files if name.startswith("val/im")} | {rows: ""}
+    twice = {"val/n03/val_0.JPEG": files["val/images/val_0.JPEG"]}
     cases = [
         ("train", {"train/n09/images/x.JPEG": b""}, "x.JPEG is of class 'n09', which wnids.txt does not have"),
         ("test", {rows: files[rows] + "val_0.JPEG\tn09\n"}, "val_0.JPEG is of class 'n09'"),
-        ("test", {rows: files[rows] + "val_77.JPEG\tn01\n"}, "names val_77.JPEG, which val/images does not have"),
+        ("test", {rows: files[rows] + "val_77.JPEG\tn01\n"}, "names val_77.JPEG, which val/ does not have"),
         ("test", {rows: files[rows] + "val_0.JPEG\n"}, "val_0.JPEG is of class ''"),
-        ("test", {rows: "\n"}, "there are no images"),
+        ("test", {rows: "\n"}, "val_annotations.txt does not say the class of val_0.JPEG"),
+        ("test", twice, "n03/val_0.JPEG is of class 'n02', says val_annotations.txt"),
+        ("train", no_train, "no images in train/CLASS/images/"),
+        ("test", no_val, "no images in val/images/ or"),
+        ("train", {"wnids.txt": None, "train/cat/1.JPEG": b""}, "no wnids.txt in it, and .* a class 'cat'.*=folder"),
         ("train", {"wnids.txt": "\n".join([*WORDS, "n05"])}, "no image of class n05"),
         ("train", {first: files[first][:700]}, "n01_1.JPEG can't be read"),
         ("test", {rows: None}, "there is no val_annotations.txt in it"),

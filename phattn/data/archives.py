@@ -25,7 +25,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -356,7 +356,7 @@ def plan_files(tree: Path, files: list[tuple[str, int]], names: tuple[str, ...],
 
 # %% ../../nbs/data/archives.ipynb #3e9f07d4
 def plan_arrays(
-    arrays: list[np.ndarray],
+    arrays: Sequence[np.ndarray | Callable[[], np.ndarray]],
     labels: np.ndarray,
     names: tuple[str, ...],
     where: Path,
@@ -367,7 +367,7 @@ def plan_arrays(
     """Plan to store arrays of pictures, one after another.
 
     Args:
-        arrays: uint8 N×3×H×H each.
+        arrays: uint8 N×3×H×H each, or a function that reads one when it is its turn; then `size` must be given.
         labels: of all pictures, whole numbers.
         names: the classes' names.
         where: the folder or file, for errors.
@@ -379,6 +379,7 @@ def plan_arrays(
     def blocks(step: int = 256) -> _Blocks:
         first = 0
         for array in arrays:
+            array = array() if callable(array) else array
             for start in range(0, len(array), step):
                 yield first + start, _scaled(array[start : start + step], size)
             first += len(array)
