@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from phattn.data.places import _unnamed, find_tree, missing, places
+from phattn.data.places import _unnamed, array_places, array_way, find_tree, missing, places
 
 
 def make(root, *paths):
@@ -62,6 +62,11 @@ def test_an_archive_without_a_name_is_known_by_its_members(tmp_path):
 def test_what_is_missing_is_said_in_one_line(tmp_path):
     for count, held in ((0, "is empty"), (2, "has 0, 1"), (9, "has 0, 1, 2, 3, 4, 5 and 3 more")):
         make(tmp_path, *map(str, range(count)))
-        said = str(missing("svhn", tmp_path, ["a.mat", "b.mat"], "Fetch it."))
-        assert said == f"datapath: svhn is not there; looked for a.mat | b.mat; {tmp_path} {held}. Fetch it."
-    assert f"there is no folder {tmp_path / 'none'}." in str(missing("svhn", tmp_path / "none", ["a"], ""))
+        said = str(missing("svhn", "test", tmp_path, "a.mat or b.mat", "Fetch it."))
+        looked = f"looked for a.mat or b.mat in {tmp_path}, {tmp_path}/svhn, and for {tmp_path}/svhn/test.npz"
+        assert said == f"datapath: svhn is not there; {looked}; {tmp_path} {held}. Fetch it."
+    assert f"there is no folder {tmp_path / 'none'}." in str(missing("svhn", "test", tmp_path / "none", "a", ""))
+    make(tmp_path, "SVHN/svhn/a.txt")
+    assert array_places("svhn", tmp_path) == [tmp_path / "SVHN", tmp_path / "SVHN" / "svhn"]
+    assert array_places("svhn", tmp_path / "SVHN")[0] == array_way("svhn", tmp_path) == tmp_path / "SVHN"
+    assert array_way("cifar10", tmp_path / "cifar-10-batches-py").name == "cifar10"

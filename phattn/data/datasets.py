@@ -8,162 +8,22 @@ __all__ = ['DATASETS', 'load', 'check_splits', 'own_size']
 # %% ../../nbs/data/datasets.ipynb #f5d14352
 import logging
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from .archives import Plan, Source, contents, fingerprint, listing, plan_arrays, plan_files
+from .archives import Plan, Source, fingerprint, plan_files
 from .arrays import other_size, other_source
+from .fetched import DIGITS, cifar, svhn
 from .folders import folder, folder_size, npz, npz_size
 from .images import ImageSet, check_channels
-from .places import find_tree, missing, places, plain
+from .places import NAMES, array_places, find_tree, missing
 from .scenes import digits
+from .trees import contents, listing
 from ..engine.distributed import rank
 from ..engine.records import check_choice
-
-# %% ../../nbs/data/datasets.ipynb #dab98e7c
-_NAMES = {
-    "svhn": {"svhn"},
-    "cifar10": {"cifar10", "cifar10python", "cifar10batchespy"},
-    "cifar100": {"cifar100", "cifar100python"},
-    "cinic10": {"cinic10"},
-    "tinyimagenet": {"tinyimagenet", "tinyimagenet200"},
-}  # of folders and archives, as `plain` has them
-_FETCHED = ("svhn", "cifar10", "cifar100")
-_FETCH = "Fetch it with --download (download=True), or say with --datapath where it is."
-
-
-def _array_places(dataset: str, datapath: Path) -> list[Path]:
-    """Folders where a data set's arrays, train.npz and test.npz, are looked for."""
-    named = [place for place in places(datapath, _NAMES[dataset]) if plain(place.resolve().name) in _NAMES[dataset]]
-    return named or [datapath / dataset]
-
-
-def _missing(dataset: str, split: str, datapath: Path, wanted: str, cure: str) -> FileNotFoundError:
-    where = ", ".join(dict.fromkeys(map(str, [*places(datapath, _NAMES[dataset]), datapath / dataset])))
-    arrays = f"arrays {_array_places(dataset, datapath)[0] / split}.npz"
-    return missing(dataset, datapath, [f"{wanted} in {where}", arrays], cure)
-
-
-def _damaged(path: Path, dataset: str, datapath: Path) -> ValueError:
-    wrong = "wrong checksum, so it is damaged, not downloaded whole, or packed by others"
-    state = wrong if path.is_file() else "missing"
-    arrays = f"{_array_places(dataset, datapath)[0]}/train.npz and test.npz with images (uint8 N×32×32×3) and labels"
-    return ValueError(f"{path}: {state}. Remove it and use --download (download=True), or give arrays: {arrays}")
-
-
-@lru_cache(maxsize=64)
-def _intact(path: Path, md5: str, mark: str) -> bool:
-    """Whether a file has a checksum; `mark`, its fingerprint, changes when it does."""
-    from torchvision.datasets.utils import check_integrity  # here, so that `import phattn` stays light
-
-    return check_integrity(path, md5)
-
-# %% ../../nbs/data/datasets.ipynb #ff956bc8
-def _fetch(make: Callable[..., Any], root: Path, archive: tuple[Path, str] | None = None) -> None:
-    """Let torchvision download (or unpack `archive`, so called) in a folder of its own; move what it made to `root`."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".phattn-download-") as place:
-            if archive is not None:
-                shutil.copy(archive[0], Path(place, archive[1]))
-            make(place, download=True)
-            for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
-                target = root / file.relative_to(place)
-                target.parent.mkdir(exist_ok=True)
-                file.replace(target)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"datapath: fetching to {root} failed ({error}); nothing of it was kept") from error
-
-# %% ../../nbs/data/datasets.ipynb #8e99c91e
-_DIGITS = tuple("0123456789")
-
-
-def _svhn(split: str, datapath: Path, download: bool = False) -> Source:
-    parts = ("train", "extra") if split == "train" else ("test",)
-    datapath = datapath.parent if datapath.is_file() else datapath
-    files = {root: [root / f"{part}_32x32.mat" for part in parts] for root in places(datapath, _NAMES["svhn"])}
-    root = max(files, key=lambda root: sum(file.is_file() for file in files[root]))
-    for part, file in zip(parts, files[root], strict=True):
-        if not file.is_file() and not download:
-            raise _missing("svhn", split, datapath, " and ".join(file.name for file in files[root]), _FETCH)
-        if not file.is_file():
-            from torchvision.datasets import SVHN
-
-            _fetch(partial(SVHN, split=part), root)
-    mark = fingerprint(*files[root])
-    return Source(root, root / f".phattn-svhn-{split}", mark, lambda: _svhn_plan(parts, files[root], datapath))
-
-
-def _svhn_plan(parts: tuple[str, ...], files: list[Path], datapath: Path) -> Plan:
-    from scipy.io import loadmat
-    from torchvision.datasets import SVHN
-
-    for part, file in zip(parts, files, strict=True):
-        if not _intact(file, SVHN.split_list[part][2], fingerprint(file)):
-            raise _damaged(file, "svhn", datapath)
-    labels = [loadmat(file, variable_names=["y"])["y"].ravel().astype(np.int64) % 10 for file in files]
-
-    def pictures(file: Path) -> np.ndarray:
-        return loadmat(file, variable_names=["X"])["X"].transpose(3, 2, 0, 1)
-
-    arrays = [partial(pictures, file) for file in files]
-    return plan_arrays(arrays, np.concatenate(labels), _DIGITS, files[0].parent, size=32)
-
-# %% ../../nbs/data/datasets.ipynb #921d6a18
-def _cifar(split: str, datapath: Path, download: bool = False, *, dataset: str) -> Source:
-    kind, folders = _cifar_kind(dataset), places(datapath, _NAMES[dataset])
-    firsts = [place for place in folders if (place / kind.train_list[0][0]).is_file()]
-    inside = next(iter(firsts), None) or next((place for place in folders if place.name == kind.base_folder), None)
-    inside = inside or _cifar_unpacked(dataset, datapath, folders, download)
-    if inside is None:
-        wanted = f"the folder {kind.base_folder}, or {kind.filename},"
-        raise _missing(dataset, split, datapath, wanted, _FETCH)
-
-    def plan() -> Plan:
-        held = _cifar_checked(dataset, inside, split, datapath)
-        return plan_arrays([held.data.transpose(0, 3, 1, 2)], held.targets, tuple(held.classes), inside)
-
-    return Source(inside, inside.parent / f".phattn-{dataset}-{split}", fingerprint(inside), plan)
-
-
-def _cifar_kind(dataset: str) -> Any:
-    import torchvision.datasets
-
-    return {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
-
-# %% ../../nbs/data/datasets.ipynb #474e17a5
-def _cifar_unpacked(dataset: str, datapath: Path, folders: list[Path], download: bool) -> Path | None:
-    """Unpack the archive if it is there, or fetch it if told; None if there is nothing to unpack."""
-    kind = _cifar_kind(dataset)
-    found = [datapath] if datapath.is_file() else [place / kind.filename for place in folders]
-    archive = next((path for path in found if path.is_file()), None)
-    if archive is None and not download:
-        return None
-    if archive is not None and not _intact(archive, kind.tgz_md5, fingerprint(archive)):
-        if not download:
-            raise _damaged(archive, dataset, archive.parent)
-        archive = None
-    root = datapath if archive is None else archive.parent
-    _fetch(kind, root, archive and (archive, kind.filename))
-    return root / kind.base_folder
-
-
-def _cifar_checked(dataset: str, inside: Path, split: str, datapath: Path) -> Any:
-    """What torchvision reads; a file that is missing or has the wrong checksum is named."""
-    kind = _cifar_kind(dataset)
-    for name, md5 in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
-        path = inside / name
-        if not path.is_file() or not _intact(path, md5, fingerprint(path)):
-            raise _damaged(path, dataset, datapath)
-    here = inside.resolve()
-    return type("Here", (kind,), {"base_folder": here.name})(here.parent, train=split == "train")
 
 # %% ../../nbs/data/datasets.ipynb #ab9fd7d9
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -199,11 +59,11 @@ def _is_cinic10(members: list[str]) -> bool:
 
 
 def _cinic10(split: str, datapath: Path, download: bool = False) -> Source:
-    tree = find_tree(datapath, _NAMES["cinic10"], [{"train"}, {"valid", "val"}, {"test"}], _is_cinic10)
+    tree = find_tree(datapath, NAMES["cinic10"], [{"train"}, {"valid", "val"}, {"test"}], _is_cinic10)
     if tree is None:
         how = "put it there; it need not be unpacked. phattn can't fetch it."
         cure = f"Get CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and {how}"
-        raise _missing("cinic10", split, datapath, "folders train, valid and test, or CINIC-10.tar.gz or .zip,", cure)
+        raise missing("cinic10", split, datapath, "folders train, valid and test, or CINIC-10.tar.gz or .zip,", cure)
     return _tree_source("cinic10", split, tree, lambda mark: _cinic10_plan(split, tree, mark))
 
 
@@ -233,11 +93,11 @@ def _is_tinyimagenet(members: list[str]) -> bool:
 
 
 def _tinyimagenet(split: str, datapath: Path, download: bool = False) -> Source:
-    tree = find_tree(datapath, _NAMES["tinyimagenet"], [{"train"}, {"val"}], _is_tinyimagenet)
+    tree = find_tree(datapath, NAMES["tinyimagenet"], [{"train"}, {"val"}], _is_tinyimagenet)
     if tree is None:
         how = "put it there; it need not be unpacked. phattn can't fetch it."
         cure = f"Get tiny-imagenet-200.zip from http://cs231n.stanford.edu/tiny-imagenet-200.zip and {how}"
-        raise _missing("tinyimagenet", split, datapath, "folders train and val, or tiny-imagenet-200.zip,", cure)
+        raise missing("tinyimagenet", split, datapath, "folders train and val, or tiny-imagenet-200.zip,", cure)
     return _tree_source("tinyimagenet", split, tree, lambda mark: _tinyimagenet_plan(split, tree, mark))
 
 
@@ -345,18 +205,19 @@ def _say_if_not_whole(dataset: str, split: str, data: ImageSet, where: Path) -> 
 
 # %% ../../nbs/data/datasets.ipynb #5d3b1a02
 _SOURCES: dict[str, Callable[..., Source]] = {
-    "svhn": _svhn,
-    "cifar10": partial(_cifar, dataset="cifar10"),
-    "cifar100": partial(_cifar, dataset="cifar100"),
+    "svhn": svhn,
+    "cifar10": partial(cifar, dataset="cifar10"),
+    "cifar100": partial(cifar, dataset="cifar100"),
     "cinic10": _cinic10,
     "tinyimagenet": _tinyimagenet,
 }
-_KNOWN = {"svhn": _DIGITS, "cifar10": _OBJECTS, "cinic10": _OBJECTS}  # names of the classes of arrays
+_FETCHED = ("svhn", "cifar10", "cifar100")
+_KNOWN = {"svhn": DIGITS, "cifar10": _OBJECTS, "cinic10": _OBJECTS}  # names of the classes of arrays
 
 
 def _array_folder(dataset: str, split: str, datapath: Path) -> Path | None:
     """The folder of a set's arrays, if that of the split is there."""
-    return next((place for place in _array_places(dataset, datapath) if (place / f"{split}.npz").is_file()), None)
+    return next((place for place in array_places(dataset, datapath) if (place / f"{split}.npz").is_file()), None)
 
 
 def _published(
@@ -432,7 +293,7 @@ def load(
         raise ValueError(f"size must be left out for {dataset}: only images of folder and npz are scaled, got {size}")
     datapath = Path(datapath).expanduser()
     if download and dataset not in _FETCHED:
-        _say(f"download: {dataset} can't be fetched, only {', '.join(_FETCHED)} can; what is in {datapath} is used")
+        _say(f"download does nothing for {dataset}: only {', '.join(_FETCHED)} are fetched")
     return DATASETS[dataset](split, datapath, download=download, seed=seed, size=size, channels=channels)
 
 # %% ../../nbs/data/datasets.ipynb #5d3b1a03
