@@ -17,7 +17,7 @@ from PIL import Image
 from phattn.data import digits
 from phattn.data.archives import Source, decode_once, fingerprint, plan_arrays, plan_files
 from phattn.data.images import grey, read_image
-from phattn.data.trees import listing
+from phattn.data.members import listing
 
 
 def write_tree(folder, count=40):

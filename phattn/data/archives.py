@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .images import ImageSet, check_channels, grey, read_image
-from .trees import contents, listing, walk
+from .members import contents, listing, walk
 from ..engine.files import write_whole
 
 _all_ = ["contents", "listing"]  # which one needs in order to make a plan
@@ -173,7 +173,8 @@ def fingerprint(*sources: Path | str | int | None) -> str:
 # %% ../../nbs/data/archives.ipynb #fb6d8e63
 def _pictures(plan: Plan, channels: int) -> _Blocks:
     """What a plan decodes, in colour as it is (3 channels) or in grey (1); a bar shows how far it is."""
-    with tqdm(desc="decoding", total=len(plan.labels), unit=" images", delay=_PATIENCE, mininterval=0.5) as bar:
+    told = dict(desc="decoding", unit=" images", delay=_PATIENCE, mininterval=0.5, leave=False)
+    with tqdm(total=len(plan.labels), **told) as bar:
         for first, block in plan.blocks():
             yield first, block if channels == 3 else grey(torch.from_numpy(np.array(block))).numpy()
             bar.update(len(block))

@@ -21,7 +21,7 @@ from .folders import folder, folder_size, npz, npz_size
 from .images import ImageSet, check_channels
 from .places import NAMES, array_places, find_tree, missing
 from .scenes import digits
-from .trees import contents, listing
+from .members import contents, listing
 from ..engine.distributed import rank
 from ..engine.records import check_choice
 
@@ -298,17 +298,17 @@ def load(
 
 # %% ../../nbs/data/datasets.ipynb #5d3b1a03
 def check_splits(
-    dataset: str, *, datapath: str | Path = "data", download: bool = False, size: int | None = None, channels: int = 3
+    dataset: str, *, datapath: str | Path = "data", download: bool = False, channels: int = 3, **own: Any
 ) -> None:
     """Find out what is wrong with the training or the test images before either are decoded.
 
     All that can be known without decoding: whether they are there, whole, in a layout that is known. For your own
-    images the test images, which are fewer, are decoded first. Arguments and errors as for `load`.
+    images the test images, which are fewer, are decoded first. Arguments, `own` too, and errors as for `load`.
     """
     check_choice("dataset", dataset, DATASETS)
     datapath = Path(datapath).expanduser()
     if dataset in ("folder", "npz"):
-        load(dataset, "test", datapath=datapath, size=size, channels=channels)
+        load(dataset, "test", datapath=datapath, channels=channels, **own)
     if dataset in _SOURCES:
         splits = [split for split in ("train", "test") if not _array_folder(dataset, split, datapath)]
         for source in [_SOURCES[dataset](split, datapath, download) for split in splits]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from .trees import archive_stem, listing
+from .members import archive_stem, listing
 
 # %% ../../nbs/data/places.ipynb #91ace507
 def plain(name: str) -> str:
