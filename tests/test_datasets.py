@@ -15,7 +15,7 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from phattn.data.datasets import _COUNTS, DATASETS, _say, check_splits, load, own_size
+from phattn.data.datasets import _DOCUMENTED, DATASETS, _say, check_splits, load, own_size
 
 
 def patch(k, size):
@@ -219,7 +219,7 @@ def test_what_is_not_whole_is_said(tmp_path, monkeypatch):
         load("cinic10", "train", datapath=tmp_path), load("cinic10", "train", datapath=tmp_path)
     one, two = heard
     assert one == two and re.fullmatch(f"{tmp_path}: 40 training images, where cinic10 has 180,000; .*", one)
-    monkeypatch.setitem(_COUNTS, "cinic10", {"train": 40, "test": 20})
+    monkeypatch.setitem(_DOCUMENTED, "cinic10", dict(train=40, test=20, classes=10, size=32))
     load("cinic10", "train", datapath=tmp_path), load("cinic10", "test", datapath=tmp_path)
     assert len(heard) == 2
     (tmp_path / "test" / "cat" / "001.png").rename(tmp_path / "test" / "dog" / "x.png")
@@ -240,7 +240,8 @@ def test_what_can_not_be_fetched_is_said(tmp_path, monkeypatch):
         load("tinyimagenet", "test", datapath=tmp_path, download=True)
 
 
-def test_both_splits_are_checked_first(tmp_path):
+def test_both_splits_are_checked_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(_DOCUMENTED, "tinyimagenet", dict(train=1, test=1, classes=4, size=64))
     whole = tiny_files(2)
     cases = {"val": {name: content for name, content in whole.items() if not name.startswith("val/")}}
     cases["train"] = {**whole, "train/n09/images/x.JPEG": b""}
@@ -261,6 +262,19 @@ def test_both_splits_are_checked_first(tmp_path):
     assert not list(tmp_path.rglob(".phattn*"))
 
 
+def test_what_is_another_set_is_refused_before_it_is_decoded(tmp_path):
+    for path in (packed(tmp_path / "a.zip", tiny_files(2)), write_files(tmp_path / "b", tiny_files(2))):
+        with pytest.raises(ValueError, match=f"{path}: there are 4 classes, and tinyimagenet has 200; .*folder"):
+            check_splits("tinyimagenet", datapath=path)
+    assert not list(tmp_path.rglob(".phattn*"))
+    large = np.zeros((20, 48, 48, 3), np.uint8)
+    for name, labels in (("cifar10", np.arange(20) % 10), ("svhn", np.arange(20) % 10)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "test.npz", images=large, labels=labels)
+        with pytest.raises(ValueError, match=f"{tmp_path / name}: images are 48×48, and those of {name} 32×32; .*npz"):
+            load(name, "test", datapath=tmp_path)
+
+
 def test_real_sets_may_be_arrays_and_folders_have_a_size(tmp_path):
     images, labels = np.stack([patch(k, 32) for k in range(8)]), np.arange(8) % 4
     for name in ("cifar10", "svhn", "cifar100", "."):
@@ -268,7 +282,7 @@ def test_real_sets_may_be_arrays_and_folders_have_a_size(tmp_path):
         np.savez(tmp_path / name / "train.npz", images=images, labels=labels)
     assert load("cifar10", "train", datapath=tmp_path).names == CLASSES
     assert load("svhn", "train", datapath=str(tmp_path)).classes == 10
-    assert [load(name, "train", datapath=tmp_path).classes for name in ("cifar100", "npz")] == [4, 4]
+    assert [load(name, "train", datapath=tmp_path).classes for name in ("cifar100", "npz")] == [100, 4]
     with pytest.raises(FileNotFoundError, match=r"cifar10/test\.npz"):
         load("cifar10", "test", datapath=tmp_path)
     pictures = {f"{name}/{k}.png": encode(images[k], "png") for k in range(5) for name in "ab"}

@@ -17,7 +17,9 @@ from phattn.data.datasets import check_splits, load, own_size
 
 
 @pytest.fixture(autouse=True)
-def quiet(caplog):
+def small(caplog, monkeypatch):
+    """The stand-in for TinyImageNet has four classes; none is whole."""
+    monkeypatch.setitem(datasets._DOCUMENTED, "tinyimagenet", dict(train=1, test=1, classes=4, size=64))
     datasets._say.cache_clear()
     caplog.set_level(logging.WARNING, "phattn")
 
@@ -142,7 +144,7 @@ def test_valid_among_the_training_images_is_whole(tmp_path, monkeypatch):
     datapath = packed(tmp_path / "CINIC-10.zip", files).parent
     with pytest.raises(ValueError, match=r"CINIC-10.zip: there are no images in valid/"):
         load("cinic10", "train", datapath=datapath)
-    monkeypatch.setitem(datasets._COUNTS, "cinic10", {"train": 20, "test": 10})
+    monkeypatch.setitem(datasets._DOCUMENTED, "cinic10", dict(train=20, test=10, classes=10, size=32))
     assert len(load("cinic10", "train", datapath=datapath)) == 20
 
 
@@ -225,6 +227,13 @@ def test_keras_arrays_are_images_of_ones_own(tmp_path):
         assert own_size("npz", datapath) == 28
         held = load("npz", "test", datapath=datapath, size=32, channels=1)
         assert (len(held), held.size, held.classes) == (20, 32, 10)
+
+
+def test_the_file_itself_may_be_given(tmp_path):
+    for split in ("train", "test"):
+        write_arrays(tmp_path, 20, split)
+    for name in ("train.npz", "test.npz"):
+        assert own_size("npz", tmp_path / name) == len(load("npz", "train", datapath=tmp_path / name)) + 12
 
 
 def test_errors_about_what_is_missing_are_one_line_with_separators(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import Plan, Source, fingerprint, load_arrays, plan_arrays
+from .archives import Plan, Source, check_memory, fingerprint, load_arrays, plan_arrays
 from ..engine.records import check_int
 
 # %% ../../nbs/data/arrays.ipynb #41a70007
@@ -45,6 +45,7 @@ def read_idx(path: Path) -> np.ndarray:
             size = math.prod(shape)
             if size > most:
                 raise ValueError(f"it claims to hold {' × '.join(map(str, shape))} bytes, and has no room for them")
+            check_memory(size, "it")
             content = file.read(size)
             if len(content) < size or file.read(1):
                 raise ValueError(f"it does not hold the {' × '.join(map(str, shape))} bytes that it claims to")
@@ -91,7 +92,7 @@ def other_source(split: str, datapath: Path, size: int | None = None) -> Source 
     """
     if size is not None:
         check_int("size", size, 8)
-    if (datapath / f"{split}.npz").is_file():
+    if (datapath / f"{split}.npz").is_file() or datapath.name in ("train.npz", "test.npz"):
         return None
     if files := _idx_files(datapath):
         where, sources = files["train", "images"].parent, sorted(files.values())
@@ -110,12 +111,20 @@ def other_size(datapath: Path) -> int | None:
     return found and found.plan().size
 
 
+def _keras_arrays(path: Path, split: str) -> dict[str, np.ndarray]:
+    try:
+        return load_arrays(path, (f"x_{split}", "y_train", "y_test"))
+    except ValueError as error:
+        other = "or, in its folder, a train.npz and a test.npz with images and labels each"
+        raise ValueError(f"{error}; {other}" if "must hold" in str(error) else str(error)) from error
+
+
 def _plan(split: str, where: Path, files: dict[tuple[str, str], Path], size: int | None) -> Plan:
     if files:
         labels = {part: read_idx(files[part, "labels"]) for part in ("train", "test")}
         images, where = read_idx(files[split, "images"]), files[split, "images"]
     else:
-        arrays = load_arrays(where, (f"x_{split}", "y_train", "y_test"))
+        arrays = _keras_arrays(where, split)
         images, labels = arrays[f"x_{split}"], {part: arrays[f"y_{part}"] for part in ("train", "test")}
     labels = {part: _labels(array, where, part) for part, array in labels.items()}
     images = _images(images, where)

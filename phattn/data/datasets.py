@@ -76,7 +76,7 @@ def _cinic10_plan(split: str, tree: Path, mark: str) -> Plan:
                 raise ValueError(f"{tree}/{path}: class {name!r} is not one of {', '.join(_OBJECTS)}")
             found.append((parts.index(part), _OBJECTS.index(name), file, path))
     there = {parts[entry[0]] for entry in found}
-    if there != set(parts) and len(found) < _COUNTS["cinic10"][split]:
+    if there != set(parts) and len(found) < _DOCUMENTED["cinic10"][split]:
         empty = " and ".join(f"{part}/" for part in parts if part not in there)
         kind = "CINIC-10 has train/CLASS/, valid/CLASS/ and test/CLASS/ with PNGs"
         raise ValueError(f"{tree}: there are no images in {empty}; {kind}; is it whole?")
@@ -175,13 +175,13 @@ def _readable(ids: list[str], words: str) -> tuple[str, ...]:
     return tuple(short if often[short] == 1 else entry for short, entry in zip(first, entries, strict=True))
 
 # %% ../../nbs/data/datasets.ipynb #5d3b1a01
-_COUNTS = {
-    "svhn": {"train": 604_388, "test": 26_032},
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "cifar100": {"train": 50_000, "test": 10_000},
-    "cinic10": {"train": 180_000, "test": 90_000},
-    "tinyimagenet": {"train": 100_000, "test": 10_000},
-}  # as their makers document them
+_DOCUMENTED = {
+    "svhn": dict(train=604_388, test=26_032, classes=10, size=32),
+    "cifar10": dict(train=50_000, test=10_000, classes=10, size=32),
+    "cifar100": dict(train=50_000, test=10_000, classes=100, size=32),
+    "cinic10": dict(train=180_000, test=90_000, classes=10, size=32),
+    "tinyimagenet": dict(train=100_000, test=10_000, classes=200, size=64),
+}  # images of each split, classes, and side of the images, as their makers document them
 
 
 @lru_cache(maxsize=256)
@@ -192,7 +192,7 @@ def _say(text: str) -> None:
 
 
 def _say_if_not_whole(dataset: str, split: str, data: ImageSet, where: Path) -> None:
-    documented, counts = _COUNTS[dataset][split], data.labels.bincount(minlength=data.classes)
+    documented, counts = _DOCUMENTED[dataset][split], data.labels.bincount(minlength=data.classes)
     if len(data) != documented:
         kind = "training" if split == "train" else "test"
         found = f"{len(data):,} {kind} images, where {dataset} has {documented:,}"
@@ -220,12 +220,29 @@ def _array_folder(dataset: str, split: str, datapath: Path) -> Path | None:
     return next((place for place in array_places(dataset, datapath) if (place / f"{split}.npz").is_file()), None)
 
 
+def _numbered(dataset: str, data: ImageSet) -> ImageSet:
+    """A set whose classes have numbers for names, with as many as it should have, though the last be without images."""
+    names = tuple(map(str, range(_DOCUMENTED[dataset]["classes"])))
+    return ImageSet(data.images, data.labels, names) if data.names == names[: data.classes] else data
+
+
+def _check_fits(dataset: str, data: ImageSet | Plan, where: Path) -> None:
+    """Refuse what is not the data set, though it has its name: it has other classes, or images of another size."""
+    classes, size = _DOCUMENTED[dataset]["classes"], _DOCUMENTED[dataset]["size"]
+    cure = "as images of your own they are read by --dataset=npz or folder"
+    if len(data.names) != classes:
+        raise ValueError(f"{where}: there are {len(data.names)} classes, and {dataset} has {classes}; {cure}")
+    if data.size != size:
+        raise ValueError(f"{where}: images are {data.size}×{data.size}, and those of {dataset} {size}×{size}; {cure}")
+
+
 def _published(
     split: str, datapath: Path, *, dataset: str, download: bool = False, channels: int = 3, **_: Any
 ) -> ImageSet:
     """One of the five sets of real pictures."""
     if where := _array_folder(dataset, split, datapath):
-        data = npz(split, where, names=_KNOWN.get(dataset), channels=channels)
+        data = _numbered(dataset, npz(split, where, names=_KNOWN.get(dataset), channels=channels))
+        _check_fits(dataset, data, where)
     else:
         source = _SOURCES[dataset](split, datapath, download)
         where, data = source.where, source.load(channels)
@@ -245,6 +262,7 @@ def _folder(split: str, datapath: Path, *, seed: int, size: int | None, channels
 def _npz(split: str, datapath: Path, *, size: int | None, channels: int, **_: Any) -> ImageSet:
     if source := other_source(split, datapath, size):
         return source.load(channels)
+    datapath = datapath.parent if datapath.is_file() else datapath
     return npz(split, datapath, size=size, channels=channels)
 
 
@@ -310,9 +328,13 @@ def check_splits(
     if dataset in ("folder", "npz"):
         load(dataset, "test", datapath=datapath, channels=channels, **own)
     if dataset in _SOURCES:
-        splits = [split for split in ("train", "test") if not _array_folder(dataset, split, datapath)]
-        for source in [_SOURCES[dataset](split, datapath, download) for split in splits]:
-            source.check(channels)
+        arrays = [split for split in ("train", "test") if _array_folder(dataset, split, datapath)]
+        others = [split for split in ("train", "test") if split not in arrays]
+        sources = [_SOURCES[dataset](split, datapath, download) for split in others]
+        for split in arrays:  # which takes no time
+            load(dataset, split, datapath=datapath, channels=channels)
+        for source in sources:
+            _check_fits(dataset, source.check(channels), source.where)
 
 # %% ../../nbs/data/datasets.ipynb #05ce9b4a
 def own_size(dataset: str, datapath: str | Path = "data") -> int | None:
@@ -334,4 +356,4 @@ def own_size(dataset: str, datapath: str | Path = "data") -> int | None:
     if dataset == "npz" and (size := other_size(datapath)):
         return size
     measure = {"folder": folder_size, "npz": npz_size}.get(dataset)
-    return measure and measure(datapath)
+    return measure and measure(datapath.parent if dataset == "npz" and datapath.is_file() else datapath)
