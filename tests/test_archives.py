@@ -196,6 +196,18 @@ def test_where_nothing_can_be_stored_images_are_held_in_memory(tmp_path, channel
     assert torch.equal(held.labels, some.labels) and len(list(tmp_path.iterdir())) == 1
 
 
+def test_no_picture_stays_black(tmp_path):
+    tree = write_tree(tmp_path / "tree", 6)
+    files = [(name, 0) for name in sorted(listing(tree))]
+    with pytest.raises(ValueError, match=f"{tree}: {files[0][0]} is in it more than once"):
+        plan_files(tree, files + files[:1], ("digit",), 32)
+    plan = plan_files(tree, files, ("digit",), 32)
+    (tree / files[2][0]).unlink()
+    with pytest.raises(ValueError, match=f"{tree}: {files[2][0]} has vanished"):
+        decode_once(tmp_path / "x", "", lambda: plan)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
 def test_grey_images_are_stored_beside_those_in_colour(tmp_path):
     tree = write_tree(tmp_path / "tree", 60)
     files = [(name, int(name[0])) for name in sorted(listing(tree))]

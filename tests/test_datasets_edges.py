@@ -1,8 +1,11 @@
 """Layouts in which people have the data sets. Written by hand: each builds a tree of its own."""
 
+import io
 import logging
 import pickle
 import shutil
+import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -88,6 +91,55 @@ def test_labels_of_tinyimagenet_follow_the_sorted_numbers_with_or_without_wnids(
         assert held.labels.tolist() == sorted(held.labels.tolist())
     one = np.asarray(held.images[1].permute(1, 2, 0)).astype(int)  # of n02, which wnids.txt has first
     assert np.abs(one - patch(500, 64)).mean() < 8
+
+
+@pytest.mark.parametrize("change", ["CRLF", "spaces", "a mark of the encoding"])
+def test_text_files_may_have_been_edited(tmp_path, change):
+    files = tiny_files(2)
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        text = files[name]
+        files[name] = {"CRLF": text.replace("\n", "\r\n"), "spaces": text.replace("\t", "  ")}.get(
+            change, "\ufeff" + text
+        )
+    tree = write_files(tmp_path, files)
+    assert [len(load("tinyimagenet", split, datapath=tree)) for split in ("train", "test")] == [8, 4]
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_one_part_may_be_given(tmp_path, part):
+    tree = write_files(tmp_path, tiny_files(2))
+    assert len(load("tinyimagenet", "train", datapath=tree / part)) == 8
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("dataset", ["cinic10", "tinyimagenet"])
+def test_a_picture_that_is_there_twice_is_refused(tmp_path, dataset, kind):
+    files = cinic_files(1) if dataset == "cinic10" else tiny_files(2)
+    path, twice = tmp_path / f"a.{kind}", [*files.items(), next(item for item in files.items() if "train/" in item[0])]
+    if kind == "zip":
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+            warnings.simplefilter("ignore")
+            for name, content in twice:
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(path, "w") as archive:
+            for name, content in twice:
+                content = content if isinstance(content, bytes) else content.encode()
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=f"{path}: {twice[-1][0]} is in it more than once"):
+        load(dataset, "train", datapath=path)
+
+
+def test_archives_of_other_kinds_are_named(tmp_path):
+    (tmp_path / "CINIC-10.tar.xz").write_bytes(b"\xfd7zXZ\0")
+    with pytest.raises(
+        ValueError, match=r"CINIC-10.tar.xz: is a xz archive; .zip, .tar, .tar.gz, .tgz are read: unpack"
+    ):
+        load("cinic10", "train", datapath=tmp_path)
+    write_files(tmp_path / "CINIC-10.tar", cinic_files(1))  # a folder: what some tools make of it
+    assert len(load("cinic10", "train", datapath=tmp_path)) == 20
 
 
 CINIC = {

@@ -39,8 +39,13 @@ def test_a_whole_folder_comes_before_an_archive_and_that_before_half_a_folder(tm
     make(tmp_path, "train/a.png", "val/a.png")  # perhaps another's
     assert find_tree(tmp_path, {"set"}, parts, never) == tmp_path / "SET.Zip"
     assert find_tree(tmp_path, {"other"}, parts, never) == tmp_path
+    assert find_tree(tmp_path / "train", {"other"}, parts, never) == tmp_path
     shutil.rmtree(tmp_path / "train"), shutil.rmtree(tmp_path / "val")
+    make(tmp_path, "set.tar.xz", "other.7z")
+    assert find_tree(tmp_path, {"set"}, parts, never) == tmp_path / "SET.Zip"
     (tmp_path / "SET.Zip").unlink()
+    assert find_tree(tmp_path, {"set"}, parts, never) == tmp_path / "set.tar.xz"  # which the reader refuses
+    (tmp_path / "set.tar.xz").unlink()
     assert find_tree(tmp_path, {"set"}, parts, never) is find_tree(tmp_path / "none", {"set"}, parts, never) is None
 
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,12 +104,22 @@ def plan_files(tree: Path, files: list[tuple[str, int]], names: tuple[str, ...],
         size: side to which pictures are brought, in pixels.
     """
     place = {name: k for k, (name, _) in enumerate(files)}
+    if len(place) < len(files):
+        raise ValueError(f"{tree}: {_twice([name for name, _ in files])} is in it more than once")
 
     def blocks() -> _Blocks:
+        left = set(place)
         for name, content in contents(tree, place):
             yield place[name], decode(content, size, f"{tree}/{name}")[None]
+            left.discard(name)
+        if left:  # else its place would be black
+            raise ValueError(f"{tree}: {min(left)} has vanished while it was read")
 
     return Plan(np.array([label for _, label in files], np.int64), names, size, blocks, tree)
+
+
+def _twice(names: list[str]) -> str:
+    return Counter(names).most_common(1)[0][0]
 
 # %% ../../nbs/data/archives.ipynb #3e9f07d4
 def plan_arrays(

@@ -32,7 +32,10 @@ _PICTURES = (".png", ".jpg", ".jpeg")
 @lru_cache(maxsize=2)
 def _rooted(tree: Path, mark: str, parts: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
     """The files of a tree below the outermost folder that has one of `parts`: path, and its steps from there on."""
-    return _below(listing(tree), parts)
+    paths = listing(tree)
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{tree}: {Counter(paths).most_common(1)[0][0]} is in it more than once")
+    return _below(paths, parts)
 
 
 def _below(paths: list[str], parts: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
@@ -133,7 +136,7 @@ def _tiny_files(tree: Path, mark: str) -> tuple[dict[str, str], _Pictures, _Pict
             name = "" if folders[0] == "images" else folders[0]
             if folders[1:] in ([], ["images"]):
                 pictures[part][name, file] = path
-    held = {texts[path]: content.decode("utf-8", "replace") for path, content in contents(tree, texts)}
+    held = {texts[path]: content.decode("utf-8-sig", "replace") for path, content in contents(tree, texts)}
     return held, pictures["train"], pictures["val"]
 
 
@@ -150,7 +153,7 @@ def _wnids(tree: Path, texts: dict[str, str], training: _Pictures) -> list[str]:
 
 def _validation(tree: Path, annotations: str | None, pictures: _Pictures) -> list[tuple[str, str, str]]:
     """(class, file name, path) of validation pictures, whether in one folder or in one for each class."""
-    rows = [line.split("\t") for line in (annotations or "").splitlines() if line.strip()]
+    rows = [line.split() for line in (annotations or "").splitlines() if line.strip()]
     said = {row[0]: row[1] if len(row) > 1 else "" for row in rows}
     found: dict[str, tuple[str, str]] = {}
     for (name, file), path in sorted(pictures.items()):  # a picture that lies in both kinds of folders counts once

@@ -43,7 +43,7 @@ def places(datapath: Path, names: Collection[str]) -> list[Path]:
     found, inside = [datapath], [datapath]
     for _ in range(3):
         inner = [path for place in inside for path in _entries(place)]
-        inside = [path for path in inner if plain(path.name) in names and path.is_dir()]
+        inside = [path for path in inner if plain(archive_stem(path.name) or path.name) in names and path.is_dir()]
         found += inside
     return found
 
@@ -102,6 +102,8 @@ def find_tree(
     """
     if datapath.is_file():
         return datapath
+    if plain(datapath.name) in set().union(*parts) and _parts(datapath.parent, parts) == len(parts):
+        datapath = datapath.parent  # one part was given
     folders = places(datapath, names)
     there = {folder: _parts(folder, parts) for folder in folders}
     whole = [folder for folder in folders if there[folder] == len(parts)]
@@ -110,11 +112,22 @@ def find_tree(
         return found[0]
     some = max(folders, key=lambda folder: there[folder])
     try:
-        return next(_unnamed(folders, recognised), some if there[some] else None)
+        if found := next(_unnamed(folders, recognised), None):
+            return found
     except ValueError:  # an archive that may be another's
         if not there[some]:
             raise
-        return some
+    return some if there[some] else next(_unread(folders, names), None)
+
+
+def _unread(folders: Collection[Path], names: Collection[str]) -> Iterator[Path]:
+    """Archives of kinds that are not read, which the error about them says."""
+    for path in (path for folder in folders for path in _entries(folder)):
+        if (ending := _UNREAD.search(path.name)) and plain(path.name[: ending.start()]) in names and path.is_file():
+            yield path
+
+
+_UNREAD = re.compile(r"(\.tar)?\.(7z|rar|xz|bz2|zst|txz|tbz2?)$", re.IGNORECASE)
 
 
 def _parts(folder: Path, parts: Collection[Collection[str]]) -> int:
