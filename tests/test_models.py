@@ -21,10 +21,14 @@ def test_names_find_their_files(tmp_path):
     (run / "theirs.pth").touch()
     assert find_weights(phase) == phase / "weights_f_10.safetensors"
     assert find_weights(str(run)) == run / "model.safetensors"
+    assert find_weights(run / "weights_f_2.pth") == run / "weights_f_3.safetensors"  # the release counts from 0
+    for missing in ("weights_f_1.pth", "weights_f_4.pth", "weights_g_2.pth"):
+        with pytest.raises(FileNotFoundError):
+            find_weights(run / missing)
     assert find_weights(phase / "weights_f_9.pth") == phase / "weights_f_9.safetensors"
     assert find_weights(run / "theirs.pth") == find_weights(run / "theirs.safetensors") == run / "theirs.pth"
     assert find_weights("digits") == pretrained()["digits"]
-    with pytest.raises(FileNotFoundError, match="weights_f_8.pth.*name .*digits.*weights_f_10.safetensors, wei"):
+    with pytest.raises(FileNotFoundError, match="weights_f_8.pth.*name .*digits.*_9.safetensors, weights_f_10.safet"):
         find_weights(phase / "weights_f_8.pth")
     with pytest.raises(FileNotFoundError, match="no weights .*none"):
         find_weights(tmp_path / "none")
@@ -32,6 +36,16 @@ def test_names_find_their_files(tmp_path):
         open_model("nobody")
     with pytest.raises(ValueError, match="theirs.pth does not say of which model"):
         open_model(run / "theirs.pth")
+
+
+def test_the_names_of_the_release_are_found(tmp_path):
+    for epoch in range(100):
+        (tmp_path / f"weights_f_{epoch}.pth").touch()
+    assert find_weights(tmp_path) == find_weights(tmp_path / "weights_f_100.pth") == tmp_path / "weights_f_99.pth"
+    for epoch in (0, 7, 99):
+        assert find_weights(tmp_path / f"weights_f_{epoch}.pth").stem == f"weights_f_{epoch}"
+    with pytest.raises(FileNotFoundError, match="there are … weights_f_94.pth, .*, weights_f_99.pth"):
+        find_weights(tmp_path / "weights_f_1000.pth")
 
 
 def _fresh():

@@ -23,6 +23,7 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from .belongings import noted_datapath
 from .compare import CompareOptions, compare
 from .experiment import OWN, some_data, train
 from .export import export_model
@@ -55,6 +56,7 @@ class EvaluateOptions(TestOptions, MachineOptions, DataOptions):
     Args:
         model: a pretrained name, a .safetensors file, or a run folder.
         dataset: the images to test on; those the model was trained on when not given.
+        datapath: folder of the data sets; when not given, where the run of that folder had its images, or else data.
         looks: glimpses per image.
         seeds: of the first looks; the numbers are means over them.
         policies: names, or MODULE:FUNCTION for your own; when not given, random, centre-out, eig and oracle.
@@ -63,6 +65,7 @@ class EvaluateOptions(TestOptions, MachineOptions, DataOptions):
 
     model: Positional[str] = "digits"
     dataset: Dataset | None = None
+    datapath: Path | None = None
     looks: _T = 7
     seeds: tuple[int, ...] = (0,)
     policies: tuple[str, ...] | None = None
@@ -131,12 +134,20 @@ def _test_images(options: EvaluateOptions, model: HardAttention) -> tuple[str, I
     config, dataset = model.config, options.dataset or model.about.get("dataset")
     if dataset not in DATASETS:
         raise ValueError(f"{options.model} does not say what it was trained on: give --dataset")
-    options, size = replace(options, dataset=dataset), config.image if dataset in OWN else None
-    background = model.about.get("background", "black")
+    options = replace(options, dataset=dataset, datapath=options.datapath or _noted(options.model, dataset))
+    size, background = config.image if dataset in OWN else None, model.about.get("background", "black")
     test = some_data(options, "test", size, config.in_channels, options.test_images, background)
     if text := seen_before(test, remembered(options.model), options.model):
         print(f"phattn: {text}", file=sys.stderr)
     return dataset, test
+
+
+def _noted(model: str, dataset: str) -> Path:
+    """Where a run had its images, and else the default."""
+    noted, usual = noted_datapath(model, dataset), DataOptions.datapath
+    if noted and noted != usual.resolve():
+        print(f"phattn: images from {noted}, as in training; --datapath says otherwise", file=sys.stderr)
+    return noted or usual
 
 
 def _policies(options: EvaluateOptions, model: HardAttention) -> dict[str, Policy]:

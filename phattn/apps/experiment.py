@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from .belongings import note_datapath, tell_room
 from .models import find_weights, settle, start_from, trained_on
 from .options import DataOptions, LearnOptions, TrainOptions, choose_device, recipes
 from .seen import remember, seen_before
-from ..data.datasets import load, own_size
+from ..data.datasets import check_splits, load, own_size
 from ..data.images import ImageSet
 from ..data.shared import deal
 from ..engine.distributed import first_here, from_first, join, leave, rank, who, world_size
@@ -85,7 +86,13 @@ def settled(options: LearnOptions, tell: Callable[[str], None] = print) -> Learn
 
 # %% ../../nbs/apps/experiment.ipynb #95673a68
 def load_data(options: LearnOptions, split: str) -> ImageSet:
-    """The training or the test images that options ask for; errors as `phattn.data.datasets.load`."""
+    """The training or the test images that options ask for; errors as `phattn.data.datasets.load`.
+
+    Before the training images are decoded, which may take minutes, both splits are checked.
+    """
+    if split == "train":
+        where = dict(datapath=options.datapath, download=options.download)
+        check_splits(options.dataset, size=options.size, channels=options.channels, **where)
     return some_data(options, split, options.size, options.channels, options.test_images, options.background)
 
 
@@ -151,6 +158,9 @@ def train(options: TrainOptions, tell: Callable[[str], None] = print) -> Path:
             folder = from_first(lambda: _claim(options, stack))
             spread = f" in {world_size()} processes" if world_size() > 1 else ""
             _tell_seen(data, quiet)
+            if rank() == 0:
+                note_datapath(options, folder)
+                tell_room(model, [chosen.phase for chosen in phases], folder, quiet)
             quiet(f"{options.dataset}: {len(data['train'])} training images on {device}{spread}, run folder {folder}")
             _all_phases(model, data, phases, options, folder, quiet)
     except (KeyboardInterrupt, ConnectionError):

@@ -38,16 +38,28 @@ def find_weights(name: str | Path) -> Path:
         path = next((found for found in (path / "model.safetensors", *last) if found.is_file()), path)
     endings = (".safetensors", ".pth") if path.name else ()
     beside = [path.with_suffix(end) for end in endings] + [path.with_name(path.name + end) for end in endings]
+    beside += _counted_otherwise(path)
     for found in (path, *beside):
         if found.is_file():
             return found
     place = path if path.is_dir() else path.parent
-    others = sorted(file.name for kind in ("*.safetensors", "*.pth") for file in place.glob(kind))
-    there = f"; in {place} there are {', '.join(others)}" if others else ""
+    others = sorted((file for kind in ("*.safetensors", "*.pth") for file in place.glob(kind)), key=_epochs)
+    names = [file.name for file in others[-6:]]
+    there = f"; in {place} there are {'… ' * (len(others) > 6)}{', '.join(names)}" if others else ""
     raise FileNotFoundError(
         f"no weights {str(name)!r}: give a pretrained name ({', '.join(pretrained())}), a run folder, or a "
         f".safetensors or .pth file{there}"
     )
+
+
+def _counted_otherwise(path: Path) -> list[Path]:
+    """The last weights of a folder if those of `path`, counted from 0 as the release does, or from 1, are these."""
+    there = [found for found in path.parent.glob("weights_f_*.*") if found.suffix in (".safetensors", ".pth")]
+    if not re.fullmatch(r"weights_f_\d+", path.stem) or not there:
+        return []
+    last = max(there, key=_epochs)
+    same = _epochs(path) + (1 if last.suffix == ".safetensors" else -1)
+    return [last] if _epochs(last) == same else []
 
 
 def _epochs(path: Path) -> int:
@@ -103,6 +115,8 @@ def start_from(model: HardAttention, name: str | Path, tell: Callable[[str], Non
         ValueError: if they don't fit the model, or the file is not whole; the message has its path.
     """
     path = find_weights(name)
+    if re.fullmatch(r"weights_f_\d+", Path(name).stem) and _epochs(Path(name)) != _epochs(path):
+        tell(f"{name} is {path.name} here: the authors' release counts epochs from 0, phattn from 1")
     if path.suffix == ".safetensors":
         load_weights(model, path)
         return
