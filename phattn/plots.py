@@ -107,8 +107,8 @@ def _families(missing: frozenset[str]) -> tuple[list[str], frozenset[str]]:
     for entry in fontManager.ttflist:
         if not left:
             break
-        if "Color" in entry.name or entry.style != "normal":
-            continue
+        if entry.style != "normal" or any(word in entry.name for word in ("Color", "Last Resort", "LastResort")):
+            continue  # pictures of letters, which can't be drawn, and boxes in the place of all letters
         try:
             held = {letter for letter in left if get_font(entry.fname).get_char_index(ord(letter))}
         except (OSError, RuntimeError):  # a font that can't be read

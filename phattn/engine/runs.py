@@ -51,7 +51,7 @@ def command() -> str:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -60,7 +60,8 @@ def _cpu() -> str:
 def _commit() -> str:
     def git(*words: str) -> str:
         here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+        how = dict(capture_output=True, encoding="utf-8", errors="replace", timeout=10)
+        done = subprocess.run(["git", *words], cwd=here, **how)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
