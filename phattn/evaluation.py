@@ -8,13 +8,14 @@ __all__ = ['CONFIDENCES', 'predict', 'measure', 'calibration_error', 'stop_early
 
 # %% ../nbs/08_evaluation.ipynb #3e5cd5c8
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data.images import ImageSet
+from .data.images import ImageSet, in_order_of
 from .engine.cost import multiply_accumulates
 from .model import HardAttention, ModelConfig
 from .policy import Policy, look, random
@@ -28,6 +29,7 @@ def predict(
     *,
     generator: torch.Generator | None = None,
     batch: int = 64,
+    watch: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """Look at every image of a set.
 
@@ -36,6 +38,7 @@ def predict(
         data: the images; on any device.
         batch: images at a time. More need more memory: EIG with P samples holds P·batch·N states. What a policy draws
             after the first look depends on it.
+        watch: called after each batch with the number of its images, for a bar of progress.
 
     Returns:
         log p(y|h) after each look: len(data)×T×classes, on the CPU.
@@ -44,10 +47,11 @@ def predict(
         raise ValueError(f"batch must be at least 1, got {batch}")
     home = generator.device if generator else None
     first = torch.randint(model.grid.count, (len(data),), generator=generator, device=home)
-    parts = [
-        look(model, images, policy, looks, first=places, generator=generator).log_probs.cpu()
-        for images, places in zip(data.images.split(batch), first.split(batch))
-    ]
+    parts = []
+    for images, places in zip(data.images.split(batch), first.split(batch)):
+        parts.append(look(model, images, policy, looks, first=places, generator=generator).log_probs.cpu())
+        if watch:
+            watch(len(images))
     return torch.cat(parts)
 
 # %% ../nbs/08_evaluation.ipynb #5f8613c2
@@ -188,11 +192,12 @@ def evaluate(
     *,
     seeds: Sequence[int] = (0,),
     batch: int = 64,
+    watch: Callable[[int], Any] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Measure policies on a set of images.
 
     Args:
-        model, data, looks, batch: as for `predict`.
+        model, data, looks, batch, watch: as for `predict`. The classes of model and data are matched by their names.
         policies: name -> policy.
         seeds: of the first looks and of all else that is drawn; each policy is run once with each.
 
@@ -200,28 +205,34 @@ def evaluate(
         name -> {"accuracy", "nll", "ece"} -> a number for each t = 1…T, and what `stop_early` gives: means over seeds.
 
     Raises:
-        ValueError: if the images do not fit the model, or there is no seed.
+        ValueError: if the images do not fit the model, their classes are not the model's, or there is no seed.
     """
     if not seeds:
         raise ValueError("seeds must name at least one seed")
     if data.classes != model.config.classes:
         raise ValueError(f"data hold {data.classes} classes, the model knows {model.config.classes}")
-    results = {}
+    data, results = in_order_of(data, model.config.names), {}
     for name, policy in policies.items():
         runs = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            log_probs = predict(model, data, policy, looks, generator=generator, batch=batch)
+            log_probs = predict(model, data, policy, looks, generator=generator, batch=batch, watch=watch)
             runs.append(measure(log_probs, data.labels) | stop_early(log_probs, data.labels.cpu()))
         results[name] = {key: torch.tensor([run[key] for run in runs]).mean(0).tolist() for key in runs[0]}
     return results
 
 # %% ../nbs/08_evaluation.ipynb #e68b4e9b
 def see_everything(
-    model: HardAttention, data: ImageSet, *, seeds: Sequence[int] = (0,), batch: int = 64
+    model: HardAttention,
+    data: ImageSet,
+    *,
+    seeds: Sequence[int] = (0,),
+    batch: int = 64,
+    watch: Callable[[int], Any] | None = None,
 ) -> dict[str, float]:
     """Measures after all N glimpses, in random order: what there is to know for R and C."""
-    whole = evaluate(model, data, {"all": random}, model.grid.count, seeds=seeds, batch=batch)["all"]
+    how = dict(seeds=seeds, batch=batch, watch=watch)
+    whole = evaluate(model, data, {"all": random}, model.grid.count, **how)["all"]
     return {key: values[-1] for key, values in whole.items()}
 
 # %% ../nbs/08_evaluation.ipynb #4a3a769b

@@ -6,8 +6,10 @@
 __all__ = ['plot_look', 'plot_maps', 'plot_curves', 'plot_history', 'animate_look', 'save_figure']
 
 # %% ../nbs/09_plots.ipynb #2828c347
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -19,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -32,6 +35,7 @@ from .policy import Trace
 # %% ../nbs/09_plots.ipynb #43ada1da
 _HEAT = ListedColormap(matplotlib.colormaps["inferno"](np.linspace(0.16, 1, 256)), "heat").with_extremes(bad="black")
 _NEW, _RIGHT, _WRONG, _TEXT, _FAINT = "#22d3ee", "#15803d", "#c81e1e", "#262626", "#8a8a8a"
+_UNSEEN = np.array([0.52, 0.58, 0.65])  # a slate that is no usual background
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#a35fb0", "#e69f00", "#56b4e9", "#555555", "#c2185b", "#8c6d1f")
 _DPI = 120
 
@@ -92,7 +96,47 @@ class _Story:
 
 
 def _short(name: str, most: int = 12) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    name = name if len(name) <= most else name[: most - 1] + "…"
+    return name.replace("$", r"\$")  # or matplotlib would set it as a formula
+
+# %% ../nbs/09_plots.ipynb #aca191e0
+@cache
+def _families(missing: frozenset[str]) -> tuple[list[str], frozenset[str]]:
+    """Installed fonts that have some of these letters, and the letters that none has."""
+    families, left = [], set(missing)
+    for entry in fontManager.ttflist:
+        if not left:
+            break
+        if entry.style != "normal" or any(word in entry.name for word in ("Color", "Last Resort", "LastResort")):
+            continue  # pictures of letters, which can't be drawn, and boxes in the place of all letters
+        try:
+            held = {letter for letter in left if get_font(entry.fname).get_char_index(ord(letter))}
+        except (OSError, RuntimeError):  # a font that can't be read
+            continue
+        families += [entry.name] if held else []
+        left -= held
+    return families, frozenset(left)
+
+
+@cache
+def _missing(text: str) -> frozenset[str]:
+    """The letters of a text that the usual font does not have."""
+    usual = get_font(fontManager.findfont(FontProperties()))
+    return frozenset(letter for letter in text if not usual.get_char_index(ord(letter)))
+
+
+def _legible(name: str, number: int | None = None) -> str:
+    """A name in one line of letters that some font has; "?" for others, and then the number of its class before it."""
+    text = " ".join(unicodedata.normalize("NFC", name).split())
+    _, lost = _families(_missing(text))
+    shown = "".join("?" if letter in lost or not letter.isprintable() else letter for letter in text)
+    return shown if number is None or (text and shown == text) else f"{number}: {shown}"
+
+
+def _type(text: str) -> dict[str, list[str]]:
+    """How a text is to be set: in the usual font and, for letters that it lacks, in others."""
+    others, _ = _families(_missing(text))
+    return {"fontfamily": [*matplotlib.rcParams["font.family"], *others]} if others else {}
 
 # %% ../nbs/09_plots.ipynb #85f908f2
 def _story(image: Tensor, trace: Trace, grid: Grid, index: int, names: Sequence[str], label: int | None) -> _Story:
@@ -117,7 +161,7 @@ def _story(image: Tensor, trace: Trace, grid: Grid, index: int, names: Sequence[
         trace.log_probs[index].detach().float().exp().cpu().numpy(),
         int(trace.taken[index].sum()),
         grid,
-        names or [str(k) for k in range(classes)],
+        [_legible(name, k) for k, name in enumerate(names)] or [str(k) for k in range(classes)],
         None if label is None else int(label),
     )
 
@@ -133,9 +177,9 @@ def _picture(image: Tensor, grid: Grid) -> np.ndarray:
 
 
 def _seen_image(image: Tensor, trace: Trace, index: int, t: int, grid: Grid) -> np.ndarray:
-    """What was seen of an image in the first t looks, all else black: H×W×3 in [0, 1]."""
+    """What was seen of an image in the first t looks, all else in one shade: H×W×3 in [0, 1]."""
     story = _story(image, trace, grid, index, (), None)
-    return story.picture * story.seen(t)[..., None]
+    return np.where(story.seen(t)[..., None], story.picture, _UNSEEN)
 
 # %% ../nbs/09_plots.ipynb #ca6a48a7
 _SIDE, _GAP, _LINE = 128 / _DPI, 14 / _DPI, 0.19  # inches: a panel, between panels, a line of type
@@ -168,7 +212,8 @@ def plot_look(
     """Draw how one image was looked at: the policy's maps above, what was seen and believed below.
 
     Each map follows look t, has a colour scale of its own whose maximum is written above it, and is black where the
-    model had looked. The cell framed is the next look, framed again in what is seen. More than 10 looks wrap.
+    model had looked. The cell framed is the next look, framed again in what is seen; looks before it have thin frames,
+    and what is unseen is slate. More than 10 looks wrap.
 
     Args:
         image: C×H×W, colour or grey; uint8 or float as `phattn.data.normalise` makes it.
@@ -193,12 +238,19 @@ def plot_look(
     return figure
 
 # %% ../nbs/09_plots.ipynb #c02b3a77
-def _frame(axes: Axes, row: float, col: float, side: float) -> None:
-    axes.add_patch(Rectangle((col - 0.5, row - 0.5), side, side, fill=False, ec=_NEW, lw=1.6, clip_on=False))
+def _frame(axes: Axes, row: float, col: float, side: float, width: float = 1.6) -> None:
+    axes.add_patch(Rectangle((col - 0.5, row - 0.5), side, side, fill=False, ec=_NEW, lw=width, clip_on=False))
+
+
+def _frames(axes: Axes, story: _Story, t: int) -> None:
+    """Frame look t, and thinly those before it."""
+    _frame(axes, *story.corners[t - 1], story.grid.glimpse)
+    for corner in story.corners[: t - 1]:
+        _frame(axes, *corner, story.grid.glimpse, 0.5)
 
 
 def _caption(axes: Axes, text: str, colour: str = _FAINT, size: float = 7.5) -> None:
-    axes.set_title(text, fontsize=size, color=colour, pad=3)
+    axes.set_title(text, fontsize=size, color=colour, pad=3, **_type(text))
 
 
 def _draw_scene(axes: Axes, story: _Story) -> None:
@@ -236,11 +288,11 @@ def _draw_seen(axes: Axes, story: _Story, t: int) -> None:
         if t == story.taken + 1:
             axes.text(0.5, 0.5, "stopped", transform=axes.transAxes, ha="center", va="center", color=_FAINT, fontsize=8)
         return
-    axes.imshow(story.picture * story.seen(t)[..., None], interpolation="nearest")
-    _frame(axes, *story.corners[t - 1], story.grid.glimpse)
+    axes.imshow(np.where(story.seen(t)[..., None], story.picture, _UNSEEN), interpolation="nearest")
+    _frames(axes, story, t)
     _caption(axes, "1 look" if t == 1 else f"{t} looks")
     text, colour = story.answer(t)
-    axes.set_xlabel(text, fontsize=8.5 if len(text) <= 14 else 7, color=colour, labelpad=3)
+    axes.set_xlabel(text, fontsize=8.5 if len(text) <= 14 else 7, color=colour, labelpad=3, **_type(text))
 
 # %% ../nbs/09_plots.ipynb #0a99f5f0
 def plot_maps(
@@ -368,8 +420,10 @@ def _name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         missing = max(0, least - (places[k + 1] - places[k]))
         places[k], places[k + 1] = places[k] - missing / 2, places[k + 1] + missing / 2
     where = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")
+    style = dict(va="center", fontsize=8.5, annotation_clip=False)
     for place, (_, name, colour) in zip(places, ends):
-        axes.annotate(name, (1, place), **where, va="center", color=colour, fontsize=8.5, annotation_clip=False)
+        text = _legible(name)
+        axes.annotate(text.replace("$", r"\$"), (1, place), **where, **style, color=colour, **_type(text))
 
 # %% ../nbs/09_plots.ipynb #39456557
 _PARTS = {"loss": ("#b5b5b5", 4), "cross-entropy": (_LINES[1], 1.5), "bound": (_LINES[0], 1.5)}  # colour, width
@@ -473,8 +527,9 @@ def _frame_image(story: _Story, t: int, shown: np.ndarray) -> Image.Image:
     figure = _Picture((4.4, 2.55), dpi=100, layout="none")
     scene, bars = _panel(figure, 0.12, 0.3, 2.1, 2.1), _panel(figure, 2.95, 0.3, 1.3, 2.1)
     seen = story.seen(t)
-    scene.imshow(np.where(seen[..., None], story.picture, _dimmed(story.picture)), interpolation="nearest")
-    _frame(scene, *story.corners[t - 1], story.grid.glimpse)
+    veiled = 0.5 * _UNSEEN + 0.5 * _dimmed(story.picture, 1)
+    scene.imshow(np.where(seen[..., None], story.picture, veiled), interpolation="nearest")
+    _frames(scene, story, t)
     if t < story.looks:
         _draw_dots(scene, story.maps[t - 1], story.grid)
     _caption(scene, f"look {t}, stopped" if t == story.taken < story.looks else f"look {t}", _TEXT, 9)
@@ -501,7 +556,7 @@ def _draw_belief(axes: Axes, story: _Story, t: int, shown: np.ndarray) -> None:
     axes.set_yticklabels([_short(story.names[k]) for k in shown], fontsize=8, color=_TEXT)
     axes.tick_params(length=0)
     for tick, k in zip(axes.get_yticklabels(), shown):
-        tick.set_fontweight("bold" if k == story.label else "normal")
+        tick.set(fontweight="bold" if k == story.label else "normal", **_type(story.names[k]))
     _caption(axes, text, colour, 9)
 
 # %% ../nbs/09_plots.ipynb #8b9f2033

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from phattn.engine.distributed import OneBatch, draws_for_one_more, join, rank, share, who, world_size
+from phattn.engine.distributed import OneBatch, draws_for_one_more, end, join, rank, share, who, world_size
 
 
 def _as(rank: int, count: int, device: int | None = None):
@@ -234,3 +234,29 @@ with join(torch.device("cpu")):
         if rank() == 0: print(json.dumps(str(error)))
 """
     assert _run(2, program) == "each process must give equally many rows of a batch, got 2, on average 3.0"
+
+
+@pytest.mark.slow
+def test_processes_end_whatever_their_threads_do():
+    """The last exchanges are held, a message is flushed, and the status is the one that was meant."""
+    program = """
+import json, sys, torch
+from phattn.engine import distributed
+from phattn.engine.distributed import average, distribute, end, first_here, from_first, join, rank
+
+with join(torch.device("cpu")):
+    model = torch.nn.Linear(3, 3)
+    step = distribute(model, lambda model, images, labels, plan: (model(images).sum(), {}))
+    step(model, torch.ones(2, 3), torch.ones(2), None)[0].backward()
+    found = [from_first(lambda: {"rank": rank(), "text": "x" * 10**6}), first_here(rank), average({"a": torch.ones(2)})]
+    held = list(distributed._works)
+assert len(held) > 3 and not distributed._works and all(sys.getrefcount(work) > 3 for work in held)
+assert found[0] == {"rank": 0, "text": "x" * 10**6} and found[1] == rank() and found[2]["a"].tolist() == [1, 1]
+if rank() == 0:
+    print(json.dumps("through"))
+end(0)
+"""
+    assert _run(2, program) == "through"
+    with pytest.raises(RuntimeError, match="exitcode  : 3"):
+        _run(2, "from phattn.engine.distributed import end; end(3)")
+    assert end(3) == 3

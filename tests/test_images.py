@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from phattn.data import digits
-from phattn.data.images import ImageSet, Shuffled, denormalise, grey, normalise, read_image
+from phattn.data.images import ImageSet, Shuffled, denormalise, grey, in_order_of, normalise, read_image
 
 
 def test_normalise_and_denormalise_invert():
@@ -49,6 +49,32 @@ MISFITS = [
 def test_image_set_refuses_what_does_not_fit(error, message, images, labels, names):
     with pytest.raises(error, match=message):
         ImageSet(images, labels, names)
+
+
+def test_labels_follow_the_names_of_a_model():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 8, 8)
+    data = ImageSet(images, torch.arange(6) % 3, ("a", "b", "c"))
+    moved = in_order_of(data, ("c", "a", "b"))
+    assert moved.names == ("c", "a", "b") and torch.equal(moved.images, data.images)
+    assert [moved.names[k] for k in moved.labels] == [data.names[k] for k in data.labels]
+    assert in_order_of(data, data.names) is data and in_order_of(data, ()) is data
+    for names in (("a", "b", "z"), ("a", "b"), ("a", "b", "c", "d"), ("a", "b", "b"), ("0", "1", "2")):
+        said = f"images are of a, b, c; RUN knows {', '.join(names)}: they must be the same"
+        with pytest.raises(ValueError, match=said):
+            in_order_of(data, names, "RUN")
+
+
+def test_an_accent_may_be_written_in_two_ways():
+    one, two = "caf\u00e9", "cafe\u0301"
+    data = ImageSet(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), (one, "b"))
+    assert in_order_of(data, ("b", two)).labels.tolist() == [1, 0]
+
+
+def test_long_lists_of_classes_begin_with_what_differs():
+    names = tuple(map(str, range(100)))
+    data = ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), names)
+    with pytest.raises(ValueError, match="are of 77, 0, 1, .* and 90 more; the model knows owl, 0, .* and 90 more"):
+        in_order_of(data, (*names[:77], "owl", *names[78:]))
 
 
 def numbered_set(count, channels=3):

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import tyro
 
-from phattn.apps.options import RecipeOptions, TrainOptions, changes_of, choose_device, explanations, recipes
+from phattn.apps.options import RecipeOptions, Record, TrainOptions, changes_of, choose_device, explanations, recipes
 from phattn.training import PHASES, RECIPES, Recipe, recipe
 
 
@@ -63,6 +65,33 @@ def test_paths_may_be_text_and_records_are_frozen():
         options.seed = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Basket(Record):
+    """A basket of eggs."""
+
+    place: Path = Path("shelf")
+    sizes: tuple[int, ...] | None = None
+
+
+def test_paths_begin_at_home_and_tuples_may_be_arrays(monkeypatch, tmp_path):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert TrainOptions(logfolder="~/r").logfolder == TrainOptions(logfolder=Path("~/r")).logfolder == tmp_path / "r"
+    for given in ([1, 2], (1, 2), np.array([1, 2]), torch.tensor([1, 2])):
+        assert Basket(sizes=given).sizes == (1, 2)
+    assert Basket().sizes is None
+    for given, said in {"12": "sizes must be a tuple, got '12'", 3: "sizes must be a tuple, got 3"}.items():
+        with pytest.raises(TypeError, match=said):
+            Basket(sizes=given)
+    for given, said in {3: "place must be a path, got 3", None: "place must be a path, got None"}.items():
+        with pytest.raises(TypeError, match=said):
+            Basket(place=given)
+    with pytest.raises(ValueError, match="logfolder must not be empty: give a path, or leave it out"):
+        TrainOptions(logfolder="")
+    with pytest.raises(ValueError, match="datapath: there is no home folder ~nosuchuser"):
+        TrainOptions(datapath="~nosuchuser/x")
+
+
 REFUSED = {
     "epochs must be at least 1, got 0": dict(epochs=0),
     "lr must be": dict(lr=-1.0),
@@ -71,6 +100,7 @@ REFUSED = {
     "elbo_steps must be at least 1, got -1": dict(elbo_steps=-1),
     "batchv must be at least 1, got 0": dict(batchv=0),
     "test_images must be at least 1, got 0": dict(test_images=0),
+    "train_images must be at least 2, got 1": dict(train_images=1),
     "size must be at least 8, got 4": dict(size=4),
     "channels must be 1 or 3, got 2": dict(channels=2),
     "training_phase must be one of all, first": dict(training_phase="fourth"),

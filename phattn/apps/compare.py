@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
-from .experiment import load_data, settled, train
-from .models import open_model, settle
+from .conclusions import attempt, bar, measured
+from .experiment import load_data, model_config, settled, train
+from .models import known_classes, open_model, settle
 from .options import LearnOptions, TrainOptions, recipes
-from .policies import COMPARED, Bench, Learnt, find_policy
-from ..data.images import ImageSet
-from ..engine.files import lock, read_json, write_json, write_whole
+from .policies import COMPARED, Bench, Learnt, find_policy, try_policies
+from ..data.images import ImageSet, in_order_of
+from ..engine.files import check_writable, lock, read_json, write_json, write_whole
+from ..engine.records import check_int
 from ..engine.runs import Run, command, versions
-from ..evaluation import cost, evaluate, looks_for, measure, see_everything
+from ..evaluation import cost, looks_for, measure, see_everything
+from ..model import HardAttention
 from ..plots import plot_curves, plot_look, save_figure
 from ..policy import EIG, POLICIES, Policy, look
 from ..rivals.whole_image import WholeImage, matching_width, predict_whole, train_whole_image
@@ -50,6 +53,10 @@ class CompareOptions(LearnOptions):
             seeds = getattr(self, name)
             if not seeds or len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name} must name at least one seed and none twice, got {seeds}")
+            for seed in seeds:
+                check_int(name, seed, 0, 2**32 - 1)
+        if self.name is not None and (self.name.strip() in ("", ".", "..") or {*self.name} & {*"/\\"}):
+            raise ValueError(f"name must be that of a folder under results/, without slashes, got {self.name!r}")
 
     def training(self, seed: int) -> TrainOptions:
         """How the model of a seed is trained, and where."""
@@ -74,7 +81,9 @@ def _ceilings(bench: Bench, test: ImageSet, seeds: Sequence[int]) -> dict[str, l
         if not run.finished(network, chosen.epochs):
             train_whole_image(network, bench.data, chosen, run)
     found = measure(predict_whole(network, test, batch=bench.options.batchv), test.labels.cpu())
-    everything = [see_everything(bench.model, test, seeds=(seed,), batch=bench.options.batchv) for seed in seeds]
+    how = dict(batch=bench.options.batchv)
+    with bar(len(test) * len(seeds), "all glimpses") as shown:
+        everything = [see_everything(bench.model, test, seeds=(seed,), watch=shown.update, **how) for seed in seeds]
     return {"all glimpses": everything, "whole-image CNN": [{name: values[0] for name, values in found.items()}]}
 
 # %% ../../nbs/apps/compare.ipynb #1a6f67e1
@@ -82,7 +91,7 @@ def _one_seed(
     options: CompareOptions, policies: Mapping[str, Policy | Learnt], seed: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     training = options.training(seed)
-    data = {split: load_data(options, split) for split in ("train", "test")}
+    data = _data(options, training.logfolder)
     kept, record = training.logfolder / "compared.json", _started(options, training, data)
     if kept.exists() and (before := read_json(kept, *record))["asked"] == record["asked"]:
         record = before
@@ -98,7 +107,7 @@ def _one_seed(
     test = data["test"].to(model.device)
     for name in missing:
         tell(f"seed {seed}: {name}")
-        record["policies"][name] = _tested(bench, policies[name], test, options.seeds)
+        record["policies"][name] = _tested(bench, name, policies[name], test, options.seeds, tell)
         record["tested"][name] = versions() | {"device": str(model.device)}
         write_json(record, kept)
     if not record["ceilings"]:
@@ -108,6 +117,14 @@ def _one_seed(
     return record
 
 # %% ../../nbs/apps/compare.ipynb #874d6d77
+def _data(options: CompareOptions, folder: Path) -> dict[str, ImageSet]:
+    """Training and test images, labelled as the model in a folder knows them, if it is there already."""
+    path = folder / "model.safetensors"
+    names = known_classes(path) if path.is_file() else ()
+    data = {split: in_order_of(load_data(options, split), names, str(folder)) for split in ("train", "test")}
+    return data | {"test": in_order_of(data["test"], data["train"].names, "the training images' set")}
+
+
 def _started(options: CompareOptions, training: TrainOptions, data: dict[str, ImageSet]) -> dict[str, Any]:
     steps = [asdict(chosen) for chosen in recipes(training)]
     for step in steps:
@@ -123,11 +140,19 @@ def _how_it_was_trained(folder: Path) -> dict[str, Any]:
     return {name: metrics[name] for name in ("seconds", "epochs", "device")} | {"trained": made["versions"]}
 
 
-def _tested(bench: Bench, policy: Policy | Learnt, test: ImageSet, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def _tested(
+    bench: Bench,
+    name: str,
+    policy: Policy | Learnt,
+    test: ImageSet,
+    seeds: Sequence[int],
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
     model, policy = policy.learn(bench) if isinstance(policy, Learnt) else (bench.model, policy)
     looks, batch = bench.looks, bench.options.batchv
     spent = cost(model, test.images[: min(64, batch)], policy, looks)
-    return [evaluate(model, test, {"it": policy}, looks, seeds=(seed,), batch=batch)["it"] | spent for seed in seeds]
+    how = dict(batch=batch, tell=tell)
+    return [measured(model, test, {name: policy}, looks, seeds=(seed,), **how)[name] | spent for seed in seeds]
 
 # %% ../../nbs/apps/compare.ipynb #4cdca64e
 def spread(
@@ -204,10 +229,13 @@ def compare(
         The folder: results.json, table.md, curves.png, and pictures of images answered rightly and wrongly.
 
     Raises:
-        ValueError: for options that can't work.
+        ValueError, OSError: for options that can't work, before anything is trained.
     """
-    every = _policies(options) | dict(policies or {})
-    options, held = settled(options, tell), lock(options.runs)
+    every, folder = _policies(options) | dict(policies or {}), Path("results") / (options.name or options.dataset)
+    check_writable(folder)
+    options = settled(options, tell)
+    _try_own(options, every)
+    held = lock(options.runs)
     try:
         records = [_one_seed(options, every, seed, tell) for seed in options.training_seeds]
     except KeyboardInterrupt:
@@ -217,12 +245,14 @@ def compare(
         held.release()
     for record in records:
         record["policies"] = {name: record["policies"][name] for name in every}
-    folder = Path("results") / (options.name or options.dataset)
     write_json({"dataset": options.dataset, "command": command(), "runs": records}, folder / "results.json")
-    with write_whole(folder / "table.md") as file:
-        file.write(_page(options, records).encode())
-    save_figure(_curves(records), folder / "curves.png")
-    _pictures(options, folder)
+    again = "what was tested is kept, and the same command makes it again"
+    with attempt("table.md", again, tell), write_whole(folder / "table.md") as file:
+        file.write(_page(options, records).encode("utf-8", "backslashreplace"))
+    with attempt("curves.png", again, tell):
+        save_figure(_curves(records), folder / "curves.png")
+    with attempt("the pictures of looks", again, tell):
+        _pictures(options, folder)
     return folder
 
 # %% ../../nbs/apps/compare.ipynb #91322084
@@ -235,6 +265,15 @@ def _policies(options: CompareOptions) -> dict[str, Policy | Learnt]:
         raise ValueError("policies must name at least one")
     known = POLICIES | COMPARED
     return dict(COMPARED) if options.policies is None else {name: find_policy(name, known) for name in options.policies}
+
+
+def _try_own(options: CompareOptions, policies: Mapping[str, Policy | Learnt]) -> None:
+    """Try policies that are the user's own on a model that has learnt nothing."""
+    known = [*POLICIES.values(), *COMPARED.values()]
+    if all(policy in known for policy in policies.values()):
+        return
+    config = model_config(options.dataset, load_data(options, "train"), options.glimpse)
+    try_policies(policies, HardAttention(config), recipes(options.training(0))[0].looks)
 
 
 def _curves(records: list[dict[str, Any]]) -> Any:
@@ -253,7 +292,7 @@ def _pictures(options: CompareOptions, folder: Path) -> None:
         old.unlink()
     training = options.training(options.training_seeds[0])
     model = settle(open_model(training.logfolder), options.device, options.fast)
-    generator, test = torch.Generator().manual_seed(0), load_data(options, "test")
+    generator, test = torch.Generator().manual_seed(0), _data(options, training.logfolder)["test"]
     test = test[torch.randperm(len(test), generator=generator)[:64]]
     trace = look(model, test.images, EIG(20), recipes(training)[0].looks, generator=generator)
     right = trace.predictions[:, -1].cpu() == test.labels

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.files import write_whole
+from ..engine.files import check_writable, write_whole
 from ..engine.runs import versions
 from ..fast import plain
 from ..glimpse import GlimpseNetwork
@@ -328,6 +328,7 @@ def export_model(model: HardAttention, folder: str | PathLike, samples: int = 20
         raise ValueError("the model has not learnt to imagine yet, so it can't choose: train the second phase")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not an empty folder: choose another")
+    check_writable(folder)
     if onnx:
         _check_onnx()
     contents = _contents(model, samples, onnx)
@@ -359,5 +360,5 @@ def _contents(model: HardAttention, samples: int, onnx: bool) -> dict[str, bytes
         contents["look.py"] = _look_source().encode()
     about = _about(model, samples, examples)
     contents["README.md"] = _readme(about, onnx).encode()
-    contents["model.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode()
+    contents["model.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return contents

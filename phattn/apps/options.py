@@ -7,10 +7,10 @@ __all__ = ['Dataset', 'SPELLED', 'MODEL', 'Record', 'DataOptions', 'SizeOptions'
            'choose_device', 'explanations', 'changes_of', 'RecipeOptions', 'LearnOptions', 'TrainOptions', 'recipes']
 
 # %% ../../nbs/apps/options.ipynb #064dc55f
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import torch
@@ -19,17 +19,29 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ..data.datasets import DATASETS
 from ..data.pictures import check_background
-from ..engine.records import check_bool, check_choice, check_int
+from ..engine.records import as_path, check_bool, check_choice, check_int
 from ..training import PHASES, RECIPES, Phase, Recipe, recipe
 
 # %% ../../nbs/apps/options.ipynb #f35a2fe8
 class Record:
-    """Options of one kind. Text that is given for a path becomes a path."""
+    """Options of one kind. Text that is given for a path becomes a path, and a list or an array becomes a tuple."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            if kind in (Path, Path | None) and isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
+            value, kinds = getattr(self, name), (kind, *get_args(kind))
+            if value is None and type(None) in kinds:
+                continue
+            if Path in kinds:
+                object.__setattr__(self, name, as_path(name, value))
+            if tuple in map(get_origin, kinds):
+                object.__setattr__(self, name, _as_tuple(name, value))
+
+
+def _as_tuple(name: str, value: Any) -> tuple:
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array, a tensor
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a tuple, got {value!r}")
+    return tuple(value)
 
 
 Dataset = Literal[tuple(DATASETS)]
@@ -212,7 +224,19 @@ class RecipeOptions(changes_of(Recipe, "phase", "seed", spelled=SPELLED)):
 # %% ../../nbs/apps/options.ipynb #e2b51abb
 @dataclass(frozen=True, kw_only=True)
 class LearnOptions(RecipeOptions, TestOptions, MachineOptions, SizeOptions, DataOptions):
-    """How models are trained and tested."""
+    """How models are trained and tested.
+
+    Args:
+        train_images: how many of the training images, drawn once and for all and evenly from the classes, to learn
+            from; all of them when not given.
+    """
+
+    train_images: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_images is not None:
+            check_int("train_images", self.train_images, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['Draw', 'rank', 'world_size', 'who', 'share', 'draws_for_one_more', 'OneBatch', 'distribute', 'average', 'join',
-           'leave', 'from_first', 'first_here', 'match']
+           'leave', 'end', 'from_first', 'first_here', 'match']
 
 # %% ../../nbs/engine/distributed.ipynb #3bf9cadf
+import ctypes
 import os
+import pickle
 import re
-import time
+import sys
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -140,6 +144,25 @@ def _images_in(draw: Draw, other: Draw, each: int) -> int | None:
         "be the images, and each step must draw the same in the same order"
     )
 
+# %% ../../nbs/engine/distributed.ipynb #637ab812
+_works: deque = deque(maxlen=16)  # the last exchanges
+
+
+def _exchange(start: Callable[..., Any], *given: Any) -> None:
+    """Start an exchange among the processes and wait for it."""
+    _works.append(start(*given, async_op=True))
+    _works[-1].wait()
+
+
+def _hold_works() -> None:
+    """Never let go of the last exchanges.
+
+    A thread of gloo lets go of an exchange some time after it is over. If it is the last to do so it frees the tensors,
+    for which it needs the interpreter; where that is being torn down already, the process is aborted.
+    """
+    while _works:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_works.pop()))
+
 # %% ../../nbs/engine/distributed.ipynb #0db3c514
 class _Sum(torch.autograd.Function):
     """The sum over all processes; its gradient is the sum of theirs."""
@@ -147,7 +170,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
+        _exchange(dist.all_reduce, x)
         return x
 
     @staticmethod
@@ -239,6 +262,9 @@ _BUFFERS = "forward_sync_buffers"
 _BUFFERS = _BUFFERS if _BUFFERS in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 
+_steps: weakref.WeakSet = weakref.WeakSet()  # made since the processes met
+
+
 class _Spread(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable) -> None:
         super().__init__()
@@ -275,6 +301,7 @@ def distribute(model: nn.Module, loss: Callable) -> Callable:
         return loss
     spread = _Spread(model, loss)
     step = DistributedDataParallel(spread, **{_BUFFERS: False})
+    _steps.add(step)
 
     def of_all(model: nn.Module, inputs: Tensor, labels: Tensor, plan: Any) -> tuple[Tensor, dict[str, Tensor]]:
         spread.listen(inputs, labels, plan)
@@ -288,12 +315,11 @@ def average(log: dict[str, Tensor]) -> dict[str, Tensor]:
     if world_size() == 1:
         return log
     values = torch.cat([value.detach().float().flatten() for value in log.values()])
-    dist.all_reduce(values)
+    _exchange(dist.all_reduce, values)
     parts = (values / world_size()).split([value.numel() for value in log.values()])
     return {name: part.view_as(value) for (name, value), part in zip(log.items(), parts)}
 
 # %% ../../nbs/engine/distributed.ipynb #c0f06198
-_MOMENT = 0.1  # seconds; far longer than gloo's thread takes to let go of an exchange that failed
 _LOST = re.compile(r"gloo|NCCL|[Cc]onnection|Broken pipe|[Tt]imed out|[Tt]imeout")
 
 
@@ -322,8 +348,7 @@ def join(device: torch.device) -> Iterator[torch.device]:
         except BaseException:
             if device.type == "cpu":  # on cards leaving may wait for the others, who wait for us
                 with suppress(RuntimeError):  # what happened first is to be told
-                    leave()
-                time.sleep(_MOMENT)
+                    _dissolve()
             raise
         leave()
     except RuntimeError as error:
@@ -335,8 +360,31 @@ def join(device: torch.device) -> Iterator[torch.device]:
 # %% ../../nbs/engine/distributed.ipynb #235df368
 def leave() -> None:
     """Part from the other processes: what follows, each does alone."""
+    for step in list(_steps):  # what still knows of the group; when nothing does, its threads end
+        for name in ("reducer", "logger", "process_group"):
+            step.__dict__.pop(name, None)
+    _steps.clear()
+    _dissolve()
+
+
+def _dissolve() -> None:
+    _hold_works()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(status: int) -> int:
+    """How a program ends with a status: where several processes train, at once, without taking the interpreter apart.
+
+    Returns:
+        The status, for one process.
+    """
+    if world_size() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _own(device: torch.device) -> torch.device:
@@ -356,18 +404,23 @@ def from_first(make: Callable[[], Any]) -> Any:
     """What `make` gives in the process of rank 0, for every process; it is called in that one only."""
     if world_size() == 1:
         return make()
-    box = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
+    made = make() if rank() == 0 else None
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    content = torch.frombuffer(bytearray(pickle.dumps(made)), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(content)], device=device)
+    _exchange(dist.broadcast, length, 0)
+    content = content if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=device)
+    _exchange(dist.broadcast, content, 0)
+    return made if rank() == 0 else pickle.loads(content.cpu().numpy().tobytes())
 
 
 def first_here(make: Callable[[], Any]) -> Any:
     """What `make` gives in each process; on each machine the first one is done with it before the others begin."""
     if _told("LOCAL_RANK", 0) > 0:
-        dist.barrier()
+        _exchange(dist.barrier)
     made = make()
     if world_size() > 1 and _told("LOCAL_RANK", 0) == 0:
-        dist.barrier()
+        _exchange(dist.barrier)
     return made
 
 
