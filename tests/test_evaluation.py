@@ -6,16 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phattn.data import digits
+from phattn.data import digits, normalise
 from phattn.engine.cost import multiply_accumulates
 from phattn.evaluation import (
     CONFIDENCES,
     calibration_error,
     cost,
     evaluate,
+    imagination,
     looking_cost,
     looks_for,
     measure,
+    misfit,
     predict,
     stop_early,
 )
@@ -132,3 +134,83 @@ def test_shipped_model_gains_by_choosing():
         assert found["eig"][t - 1] > found["random"][t - 1] + 0.1
         assert found["oracle"][t - 1] > found["eig"][t - 1]
         assert t == 3 or found["eig"][t - 1] > found["centre-out"][t - 1]
+
+
+def test_a_gain_is_misfit_and_disagreement():
+    torch.manual_seed(0)
+    would, log_probs = torch.randn(6, 3, 5, 4).double().log_softmax(-1), torch.randn(3, 4).double().log_softmax(-1)
+    gain = (would.exp() * (would - log_probs[:, None])).sum(-1).mean(0)
+    middle = would.exp().mean(0)
+
+    def entropy(p):
+        return -(p * p.log()).sum(-1)
+
+    disagreement = entropy(middle) - entropy(would.exp()).mean(0)
+    torch.testing.assert_close(misfit(would, log_probs), gain - disagreement)
+    same = log_probs[None, :, None].expand(6, -1, 5, -1)
+    torch.testing.assert_close(misfit(same, log_probs), torch.zeros(3, 5).double())
+    fair = torch.stack([would[0], would[1]])  # a martingale: today's belief is their mean
+    today = fair.exp().mean(0)[:, 0].log()
+    assert misfit(fair[:, :, :1], today).abs().max() < 1e-12
+
+
+class _Dreams:
+    """Imaginations that are known: the truth, with as much noise as is asked for, in place of the model's own."""
+
+    def __init__(self, truth, noise, blur):
+        self.truth, self.noise, self.blur = truth, noise, blur
+
+    def imagine(self, h, samples=1, generator=None):
+        middle = self.truth + self.blur * torch.randn(self.truth.shape, generator=generator)
+        return middle + self.noise * torch.randn(samples, *self.truth.shape, generator=generator)
+
+
+def _dreaming(monkeypatch, noise, blur):
+    torch.manual_seed(0)
+    model, data = HardAttention(CONFIGS["digits"]).eval(), digits("test", size=40)
+    with torch.no_grad():
+        truth = model.map(normalise(data.images))
+    usual, generator = truth.mean(0), torch.Generator().manual_seed(1)
+    typical = (truth - usual).square().mean().sqrt()
+    monkeypatch.setattr(model.vae, "imagine", _Dreams(truth, noise * typical, blur * typical).imagine)
+    return imagination(model, data, random, usual, 4, samples=10, generator=generator, batch=40)
+
+
+def test_imaginations_of_which_the_truth_might_be_one_are_calibrated(monkeypatch):
+    found = _dreaming(monkeypatch, 0.5, 0.5)
+    assert {len(values) for values in found.values()} == {3}
+    expected = 1 - 0.5**2 * (1 + 1 / 10)
+    for t in range(3):
+        assert found["spread"][t] == pytest.approx(1, abs=0.03)
+        assert found["coverage"][t] == pytest.approx(9 / 11, abs=0.01)
+        assert found["explained"][t] == pytest.approx(expected, abs=0.02)
+        assert found["explained seen"][t] == pytest.approx(expected, abs=0.2)
+
+
+def test_imaginations_that_are_too_alike_are_told(monkeypatch):
+    found = _dreaming(monkeypatch, 0.1, 0.5)
+    assert max(found["spread"]) < 0.08 and max(found["coverage"]) < 0.3
+    sure = _dreaming(monkeypatch, 0.0, 0.0)
+    assert sure["explained"] == pytest.approx([1, 1, 1]) and sure["coverage"] == pytest.approx([1, 1, 1], abs=0.01)
+    assert sure["misfit"] == pytest.approx([1, 1, 1])  # one belief to come has no disagreement
+
+
+def test_imagination_is_measured_as_said():
+    model, data = HardAttention.from_pretrained("digits"), digits("test", size=30)
+    with torch.no_grad():
+        truth = model.map(normalise(data.images))
+    usual = truth.mean(0)
+    found, parts = (
+        imagination(model, data, EIG(20), usual, 3, generator=torch.Generator().manual_seed(0), batch=batch)
+        for batch in (8, 30)
+    )
+    for name in found:
+        assert found[name] == pytest.approx(parts[name], rel=0.4, abs=0.15), name  # other draws, the same ratios
+        if "bound" not in name and "explained" not in name:
+            assert all(0 <= value <= 1.2 for value in found[name]), name
+    assert all(tight > loose for tight, loose in zip(found["weighted bound"], found["bound"]))
+    for wrong, said in [(dict(samples=1), "samples"), (dict(looks=1), "looks"), (dict(looks=49), "looks")]:
+        with pytest.raises(ValueError, match=said):
+            imagination(model, data, random, usual, **wrong)
+    with pytest.raises(ValueError, match="usual must hold the mean features of each place, 49×32"):
+        imagination(model, data, random, usual[:, :5])

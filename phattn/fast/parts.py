@@ -223,11 +223,13 @@ def _ask(case: Case | None) -> bool:
     """Whether ours is the way for a case; the first time that it occurs there is a race."""
     if case is None:
         return False
-    if case not in _CHOICES:
+    choice = _CHOICES.get(case)
+    if choice is None:
         with _LOCK:
             if case not in _CHOICES and len(_CHOICES) < _MOST:
                 _CHOICES[case] = choose(case)
-    return case in _CHOICES and _CHOICES[case].taken
+        choice = _CHOICES.get(case)
+    return choice is not None and choice.taken
 
 # %% ../../nbs/fast/parts.ipynb #ce040ffd
 def choices() -> list[str]:
