@@ -92,7 +92,7 @@ def test_one_class_is_refused_before_anything_is_written(tmp_path: Path) -> None
 def test_test_images_of_another_size_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     arrays(tmp_path / "svhn", tuple("0123456789"), side=32, test_side=16)
     options = tiny(tmp_path, dataset="svhn", logfolder=tmp_path / "run")
-    with pytest.raises(ValueError, match="the test images are of 16×16 pixels, the training images of 32×32"):
+    with pytest.raises(ValueError, match="images are 16×16, and those of svhn 32×32"):
         train(options, lambda line: None)
     assert not (tmp_path / "run").exists()
 
