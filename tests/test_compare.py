@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phattn.apps.compare import CompareOptions, _policies, compare, efforts, table
+from phattn.apps.compare import CompareOptions, _policies, compare, efforts, imagined, table
 from phattn.apps.experiment import load_data
 from phattn.apps.policies import COMPARED
 from phattn.policy import EIG, random
@@ -25,6 +25,14 @@ def test_table_has_means_and_spreads():
     assert rows[2] == "| EIG | 20.0 ± 0.0 | 55.0 ± 7.1 |" and rows[3] == "| *all glimpses* | | 90.0 ± 0.0 |"
     assert table([_record(0.5, 0.6)]).splitlines()[2] == rows[2]  # one training seed: the spread of the first looks
     assert table([_record(0.5, 0.7), _record(0.6, 0.6)]).splitlines()[2] == "| EIG | 20.0 ± 0.0 | 60.0 ± 0.0 |"
+
+
+def test_imagination_has_a_row_a_measure():
+    found = [{"explained": [a, 0.5], "weighted bound": [b, c]} for a, b, c in [(0.2, -10.4, 3.0), (0.4, -9.6, 5.0)]]
+    rows = imagined([{"imagination": [one]} for one in found]).splitlines()
+    assert rows[0] == "| imagination | t = 1 | t = 2 |"
+    assert rows[2:] == ["| explained, % | 30 ± 14 | 50 ± 0 |", "| weighted bound, nats | -10 ± 1 | 4 ± 1 |"]
+    assert imagined([{"imagination": found[:1]}]).splitlines()[2] == "| explained, % | 20 | 50 |"
 
 
 def test_efforts_are_looks_and_products():
@@ -64,7 +72,7 @@ def test_comparison_is_made_once(tmp_path, monkeypatch):
     assert len(said) == 2 * (len(COMPARED) - 2 + 1) and not any("EIG, P = 1" in line for line in said)
     tables = (folder / "table.md").read_text(encoding="utf-8")
     assert all(tables.count(f"| {name} |") == 4 for name in [*COMPARED, "mine"])
-    assert tables.count("*whole-image CNN*") == 3
+    assert tables.count("*whole-image CNN*") == 3 and tables.count("| misfit, % |") == 1
     with pytest.raises(ValueError, match="lr = 0.003, now 0.1"):
         compare(replace(options, lr=0.1), said.append)
 

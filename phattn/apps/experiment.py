@@ -26,10 +26,11 @@ from ..data.shared import deal
 from ..engine.distributed import first_here, from_first, join, leave, rank, who, world_size
 from ..engine.files import lock, sweep
 from ..engine.runs import Run, check_events
-from ..evaluation import summary
+from ..evaluation import imagination, summary
 from ..model import CONFIGS, HardAttention, ModelConfig
 from ..plots import plot_look
 from ..policy import EIG, Trace, look, random
+from ..rivals.without_imagination import features_of
 from ..training import PHASES, Recipe, check, train_phase
 
 # %% ../../nbs/apps/experiment.ipynb #58dc888f
@@ -320,7 +321,10 @@ def _phase(
             remember(data["train"], folder, options.pretrain_checkpoint)
         if done := from_first(lambda: run.finished(model, chosen.epochs)):
             return done
-        watch = [_Watch(_some(data["test"], 250, options.seed), chosen, run, tell)] if run else []
+        watch = []
+        if run:
+            few, known = (_some(data[split], count, options.seed) for split, count in (("test", 250), ("train", 500)))
+            watch = [_Watch(few, known, chosen, run, tell)]
         return train_phase(model, data["train"], chosen, run, watch)
 
 # %% ../../nbs/apps/experiment.ipynb #63ef562d
@@ -336,8 +340,10 @@ class _Watch:
     What fails in it is told, and ends nothing.
     """
 
-    def __init__(self, few: ImageSet, chosen: Recipe, run: Run, tell: Callable[[str], None]) -> None:
-        self.few, self.chosen, self.run, self.tell = few, chosen, run, tell
+    def __init__(
+        self, few: ImageSet, known: ImageSet, chosen: Recipe, run: Run, tell: Callable[[str], None]
+    ) -> None:
+        self.few, self.known, self.chosen, self.run, self.tell = few, known, chosen, run, tell
         self.policy = EIG(1) if chosen.phase == "third" else random
 
     def __call__(self, epoch: int, model: HardAttention, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -348,11 +354,20 @@ class _Watch:
             trace = self._look(model)
             right = trace.predictions == self.few.labels[:, None]
             found = {"test accuracy": right.float().mean(0).tolist()}
+            if chosen.phase != "first" and 2 <= chosen.looks < model.grid.count:
+                found |= self._imagined(model)
             if chosen.phase == "third":
                 image, label = self.few.images[0], int(self.few.labels[0])
                 figure = plot_look(image, trace, model.grid, names=self.few.names, label=label)
                 self.run.events(epoch).add_figure("look", figure, epoch)
         return found
+
+    def _imagined(self, model: HardAttention) -> dict[str, list[float]]:
+        """How well it imagines, on 64 images."""
+        usual, generator = features_of(model, self.known).mean(0), torch.Generator().manual_seed(self.chosen.seed)
+        how = dict(looks=self.chosen.looks, samples=10, generator=generator)
+        found = imagination(model, _some(self.few, 64, self.chosen.seed), self.policy, usual, **how)
+        return {f"imagination, {name}": values for name, values in found.items()}
 
     def _look(self, model: HardAttention) -> Trace:
         generator = torch.Generator().manual_seed(self.chosen.seed)
