@@ -27,9 +27,9 @@ def test_more_work_takes_longer(monkeypatch):
     model, data, seconds = HardAttention(CONFIGS["digits"]), digits("train", size=32), iter([1.0, 2.0, 4.0, 4.0])
     monkeypatch.setattr("phattn.apps.forecast._timed", lambda run, device: next(seconds))
     phases = [recipe("digits", phase, epochs=3) for phase in ("first", "third")]
-    assert seconds_to_train(model, data, phases, little=0) == {"first": 24.0, "third": 48.0}  # 4 images, 32 × 3
+    assert seconds_to_train(model, data, phases, little=0) == {"first": 12.0, "third": 24.0}  # 8 images, 32 × 3
     policies = {"random": POLICIES["random"], "centre-out": POLICIES["centre-out"]}
-    assert seconds_to_test(model, data, policies, 2, 5, little=0) == 320.0
+    assert seconds_to_test(model, data, policies, 2, 5, little=0) == 160.0
     assert seconds_to_test(model, data, policies, 2, 5) == 0
 
 
