@@ -241,6 +241,7 @@ def test_processes_end_whatever_their_threads_do():
     """The last exchanges are held, a message is flushed, and the status is the one that was meant."""
     program = """
 import json, sys, torch
+from pathlib import Path
 from phattn.engine import distributed
 from phattn.engine.distributed import average, distribute, end, first_here, from_first, join, rank
 
@@ -250,6 +251,8 @@ with join(torch.device("cpu")):
     step(model, torch.ones(2, 3), torch.ones(2), None)[0].backward()
     found = [from_first(lambda: {"rank": rank(), "text": "x" * 10**6}), first_here(rank), average({"a": torch.ones(2)})]
     held = list(distributed._works)
+tasks = Path("/proc/self/task")  # on Linux: no thread of gloo is left
+assert not [task for task in tasks.glob("*/comm") if "gloo_runloop" in task.read_text()]
 assert len(held) > 3 and not distributed._works and all(sys.getrefcount(work) > 3 for work in held)
 assert found[0] == {"rank": 0, "text": "x" * 10**6} and found[1] == rank() and found[2]["a"].tolist() == [1, 1]
 if rank() == 0:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
@@ -341,6 +342,7 @@ def join(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     device = _own(device)
+    import_module("torch.distributed.nn")  # imported later, its functions would hold the group as a default for good
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         try:
