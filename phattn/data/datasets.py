@@ -23,7 +23,7 @@ from .places import NAMES, array_places, find_tree, missing
 from .scenes import digits
 from .members import contents, listing
 from ..engine.distributed import rank
-from ..engine.records import check_choice
+from ..engine.records import as_path, check_choice
 
 # %% ../../nbs/data/datasets.ipynb #ab9fd7d9
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -318,7 +318,7 @@ def load(
         raise ValueError(f"background must be left out for {dataset}: only folder has transparency, got {background!r}")
     if size is not None and dataset in (*_SOURCES, "digits"):
         raise ValueError(f"size must be left out for {dataset}: only images of folder and npz are scaled, got {size}")
-    datapath = Path(datapath).expanduser()
+    datapath = as_path("datapath", datapath)
     if download and dataset not in _FETCHED:
         _say(f"download does nothing for {dataset}: only {', '.join(_FETCHED)} are fetched")
     how = dict(seed=seed, size=size, channels=channels, background=background)
@@ -334,7 +334,7 @@ def check_splits(
     images the test images, which are fewer, are decoded first. Arguments, `own` too, and errors as for `load`.
     """
     check_choice("dataset", dataset, DATASETS)
-    datapath = Path(datapath).expanduser()
+    datapath = as_path("datapath", datapath)
     if dataset in ("folder", "npz"):
         load(dataset, "test", datapath=datapath, channels=channels, **own)
     if dataset in _SOURCES:
@@ -362,7 +362,7 @@ def own_size(dataset: str, datapath: str | Path = "data") -> int | None:
         ValueError, OSError: as `load`.
     """
     check_choice("dataset", dataset, DATASETS)
-    datapath = Path(datapath).expanduser()
+    datapath = as_path("datapath", datapath)
     if dataset == "npz" and (size := other_size(datapath)):
         return size
     measure = {"folder": folder_size, "npz": npz_size}.get(dataset)
