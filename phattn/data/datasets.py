@@ -57,6 +57,9 @@ _OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hor
 _CINIC_PARTS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 
 
+_BY_HAND = "put it there; it need not be unpacked. phattn can't fetch it."
+
+
 def _is_cinic10(members: list[str]) -> bool:
     return any(inner[1:2] and inner[1].lower() in _OBJECTS for _, inner in _below(members, tuple(_CINIC_PARTS))[:9])
 
@@ -64,8 +67,7 @@ def _is_cinic10(members: list[str]) -> bool:
 def _cinic10(split: str, datapath: Path, download: bool = False) -> Source:
     tree = find_tree(datapath, NAMES["cinic10"], [{"train"}, {"valid", "val"}, {"test"}], _is_cinic10)
     if tree is None:
-        how = "put it there; it need not be unpacked. phattn can't fetch it."
-        cure = f"Get CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and {how}"
+        cure = f"Get CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 and {_BY_HAND}"
         raise missing("cinic10", split, datapath, "folders train, valid and test, or CINIC-10.tar.gz or .zip,", cure)
     return _tree_source("cinic10", split, tree, lambda mark: _cinic10_plan(split, tree, mark))
 
@@ -98,8 +100,7 @@ def _is_tinyimagenet(members: list[str]) -> bool:
 def _tinyimagenet(split: str, datapath: Path, download: bool = False) -> Source:
     tree = find_tree(datapath, NAMES["tinyimagenet"], [{"train"}, {"val"}], _is_tinyimagenet)
     if tree is None:
-        how = "put it there; it need not be unpacked. phattn can't fetch it."
-        cure = f"Get tiny-imagenet-200.zip from http://cs231n.stanford.edu/tiny-imagenet-200.zip and {how}"
+        cure = f"Get tiny-imagenet-200.zip from http://cs231n.stanford.edu/tiny-imagenet-200.zip and {_BY_HAND}"
         raise missing("tinyimagenet", split, datapath, "folders train and val, or tiny-imagenet-200.zip,", cure)
     return _tree_source("tinyimagenet", split, tree, lambda mark: _tinyimagenet_plan(split, tree, mark))
 
